@@ -1,0 +1,1 @@
+"""The `numpy` backend: vectorised, the embedded default."""

@@ -1,0 +1,20 @@
+"""What the `numpy` backend offers."""
+
+from __future__ import annotations
+
+from srm_core.hookspecs import hookimpl
+from srm_core.spec import BackendInfo, Kernel
+
+HERE = "srm_backends.numpy"
+
+KERNELS = (
+    Kernel("scan", f"{HERE}.scan:forward", f"{HERE}.scan:backward"),
+    Kernel("recurrent_mix", f"{HERE}.recurrent_mix:forward", f"{HERE}.recurrent_mix:backward"),
+    Kernel("recurrent_step", f"{HERE}.recurrent_step:forward", f"{HERE}.recurrent_step:backward"),
+    Kernel("recurrent_step_", f"{HERE}.recurrent_step:forward_"),
+)
+
+
+@hookimpl
+def srm_backend_info() -> BackendInfo:
+    return BackendInfo("numpy", tech="numpy", kernels=KERNELS)

@@ -1,0 +1,1 @@
+"""The `reference` backend: each operator's own float64 loops. Slow, and always there."""

@@ -1,0 +1,53 @@
+"""`kernels.scan` runs the reference of `scan`, `kernels.scan.vjp` its vector-Jacobian product; so for every op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from srm_core.context import LaunchContext, Residuals
+from srm_core.contract import Call
+from srm_core.registry import registry
+from srm_core.spec import OpSpec
+
+
+class ReferenceKernel:
+    """Computes in float64 and rounds once, to the dtypes that the specification gives the outputs."""
+
+    def __init__(self, spec: OpSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, ctx: LaunchContext, *args: Any, **options: Any) -> Any:
+        call = Call(self.spec, args, options)
+        results = self.spec.reference(np.float64, *args, **options)
+        count = len(self.spec.outputs)
+        outputs = tuple(_rounded(ctx, r, d) for r, d in zip(results[:count], call.output_dtypes(), strict=True))
+        for name, after in zip(self.spec.mutates, results[count:], strict=True):
+            call.values[name][...] = after
+        return outputs if count > 1 else outputs[0]
+
+    def vjp(self, ctx: LaunchContext, residuals: Residuals, *grads: Any) -> tuple[Any, ...]:
+        if self.spec.vjp is None:
+            raise NotImplementedError(f"{self.spec.name} has no vector-Jacobian product")
+        call = Call(self.spec, residuals.args, residuals.options)
+        results = self.spec.vjp(np.float64, grads, *residuals.args, **residuals.options)
+        names = self.spec.differentiable
+        return tuple(
+            None if r is None else _rounded(ctx, r, call.dtypes[n]) for n, r in zip(names, results, strict=True)
+        )
+
+
+def _rounded(ctx: LaunchContext, result: Any, dtype: str) -> Any:
+    out = ctx.empty(result.shape, dtype)
+    with np.errstate(over="ignore"):  # float64 past the range of a half type is infinity, as it should be
+        out[...] = result
+    return out
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    spec = registry().specs.get(name)
+    if spec is None:
+        raise AttributeError(f"no operator is called {name!r}")
+    return ReferenceKernel(spec)

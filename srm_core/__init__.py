@@ -1,0 +1,63 @@
+"""SRM kernels: one specification per operator, any number of backends behind it.
+
+    y, state = srm_core.scan(gates, tokens)
+
+Choose a backend with SRM_BACKEND, with `use_backend(...)`, or with `backend=`.
+"""
+
+from __future__ import annotations
+
+from srm_core.config import deterministic, precision, use_backend
+from srm_core.dispatch import Decision, bind, call, explain, vjp
+from srm_core.errors import (
+    CheckpointError,
+    ConfigError,
+    ContractError,
+    KernelError,
+    NoBackendError,
+    PluginError,
+    SequenceLengthError,
+    SRMError,
+    UndeclaredFeature,
+    UnknownNameError,
+    VocabularyError,
+)
+from srm_core.hookspecs import hookimpl
+from srm_core.listing import list_backends, report
+from srm_core.ops.recurrent_mix import recurrent_mix
+from srm_core.ops.recurrent_step import recurrent_step
+from srm_core.ops.recurrent_step_ import recurrent_step_
+from srm_core.ops.scan import scan
+from srm_core.registry import reload_config
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContractError",
+    "Decision",
+    "KernelError",
+    "NoBackendError",
+    "PluginError",
+    "SRMError",
+    "SequenceLengthError",
+    "UndeclaredFeature",
+    "UnknownNameError",
+    "VocabularyError",
+    "bind",
+    "call",
+    "deterministic",
+    "explain",
+    "hookimpl",
+    "list_backends",
+    "precision",
+    "recurrent_mix",
+    "recurrent_step",
+    "recurrent_step_",
+    "reload_config",
+    "report",
+    "scan",
+    "use_backend",
+    "vjp",
+]

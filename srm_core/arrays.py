@@ -1,0 +1,173 @@
+"""Which array library is this, and how does an array of one become a view in another.
+
+No library is imported to ask whether an array is its own: whoever holds a torch tensor has imported torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Library(Protocol):
+    """What the registry needs to know of an array library."""
+
+    name: str
+
+    def refuse(self, x: Any) -> str:
+        """Why this object of the library cannot be a tensor argument; empty if it can."""
+
+    def dtype_name(self, dtype: Any) -> str: ...
+
+    def platform(self, x: Any) -> str: ...
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        """Strides in elements."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any: ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any: ...
+
+    def stream(self, device: Any) -> int | None:
+        """The handle of the current stream; None where there are no streams."""
+
+
+class _NumPy:
+    name = "numpy"
+
+    def refuse(self, x: Any) -> str:
+        if type(x) not in (np.ndarray, np.memmap):
+            return f"a {type(x).__name__}, whose meaning differs from a plain array's"
+        if not x.dtype.isnative:
+            return f"dtype {x.dtype.str} in the other byte order"
+        return ""
+
+    def dtype_name(self, dtype: Any) -> str:
+        return str(dtype.name)
+
+    def platform(self, x: Any) -> str:
+        return "cpu"
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        return tuple(s // x.itemsize for s in x.strides)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        return np.zeros(shape, dtype)
+
+    def stream(self, device: Any) -> int | None:
+        return None
+
+
+class _Torch:
+    name = "torch"
+
+    def refuse(self, x: Any) -> str:
+        torch = sys.modules["torch"]
+        if type(x) not in (torch.Tensor, torch.nn.Parameter):
+            return f"a {type(x).__name__}"
+        if x.layout is not torch.strided or x.is_quantized:
+            return "a sparse or quantised tensor"
+        if x.is_conj() or x.is_neg():
+            return "a lazily negated tensor"
+        if x.requires_grad and torch.is_grad_enabled():
+            return "a tensor that requires grad"
+        return ""
+
+    def dtype_name(self, dtype: Any) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    def platform(self, x: Any) -> str:
+        return str(x.device.type)
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        return tuple(x.stride())
+
+    def _dtype(self, dtype: Any) -> Any:
+        return getattr(sys.modules["torch"], dtype) if isinstance(dtype, str) else dtype
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        return sys.modules["torch"].empty(shape, dtype=self._dtype(dtype), device=device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        return sys.modules["torch"].zeros(shape, dtype=self._dtype(dtype), device=device)
+
+    def stream(self, device: Any) -> int | None:
+        if device.type != "cuda":
+            return None
+        return int(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
+
+
+class _CuPy:
+    name = "cupy"
+
+    def refuse(self, x: Any) -> str:
+        return "" if type(x) is sys.modules["cupy"].ndarray else f"a {type(x).__name__}"
+
+    def dtype_name(self, dtype: Any) -> str:
+        return str(dtype.name)
+
+    def platform(self, x: Any) -> str:
+        return "cuda"
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        return tuple(s // x.itemsize for s in x.strides)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        with device:
+            return sys.modules["cupy"].empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        with device:
+            return sys.modules["cupy"].zeros(shape, dtype)
+
+    def stream(self, device: Any) -> int | None:
+        return int(sys.modules["cupy"].cuda.get_current_stream(device.id).ptr)
+
+
+LIBRARIES: dict[str, Library] = {"numpy": _NumPy(), "torch": _Torch(), "cupy": _CuPy()}
+
+
+def library_of(x: Any) -> str | None:
+    """The name of the library that `x` is an array of; None if it is no array known here."""
+    for kind in type(x).__mro__:
+        root = kind.__module__.partition(".")[0]
+        # numpy scalars (np.float32(1)) live in numpy, too, but are no arrays.
+        if root in LIBRARIES and kind.__name__ in ("ndarray", "Tensor"):
+            return root
+    return None
+
+
+def torch_to_numpy(x: Any) -> Any:
+    """A view of a CPU tensor. bfloat16, which torch cannot hand to NumPy, goes as 16-bit integers."""
+    x = x.detach()
+    torch = sys.modules["torch"]
+    if x.dtype is torch.bfloat16:
+        return x.view(torch.int16).numpy().view(BFLOAT16)
+    return x.numpy()
+
+
+def numpy_to_torch(x: Any) -> Any:
+    """A view of an array; a copy only where torch has none: negative strides, or read-only memory."""
+    import torch
+
+    if min(x.strides, default=0) < 0 or not x.flags.writeable:
+        x = x.copy()
+    if x.dtype == BFLOAT16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+# (from, to) on the same device; a pair that is not here cannot be converted without a copy.
+VIEWS: dict[tuple[str, str, str], Callable[[Any], Any]] = {
+    ("torch", "numpy", "cpu"): torch_to_numpy,
+    ("numpy", "torch", "cpu"): numpy_to_torch,
+}

@@ -1,0 +1,158 @@
+"""The environment grammar, and the overrides that hold for one context (thread, task) only.
+
+    SRM_BACKEND=triton,auto      names in order; `auto` stands for the built-in backends in ranked order
+    SRM_BACKEND_SCAN=numpy       the same for one operator
+    SRM_BLOCK=name,...           entry points that are never loaded
+    SRM_TRACE=decisions.jsonl    a JSON line for every decision
+
+The environment is read once, and again by `srm_core.reload_config()`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Literal
+
+from srm_core.errors import ConfigError, UnknownNameError
+
+AUTO = "auto"
+Precision = Literal["ieee", "tf32"]
+VARIABLES = ("SRM_BACKEND", "SRM_BLOCK", "SRM_TRACE")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Names of backends in the order of preference, and where they were said."""
+
+    names: tuple[str, ...]
+    source: str = field(compare=False)
+
+    @property
+    def strict(self) -> bool:
+        return AUTO not in self.names
+
+    def __str__(self) -> str:
+        return ",".join(self.names)
+
+
+DEFAULT = Selection((AUTO,), "default")
+
+
+def parse_selection(text: str, source: str) -> Selection:
+    """`text` is a comma list of names. Errors: `ConfigError` for an empty list, an empty or a repeated name."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{source}: found {text!r}; required a comma list of backend names, or 'auto'")
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ConfigError(f"{source}: an empty name in {text!r}; required a comma list of backend names, or 'auto'")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"{source}: a name stands twice in {text!r}; name each backend once")
+    return Selection(names, source)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the environment says."""
+
+    default: Selection = DEFAULT
+    per_op: Mapping[str, Selection] = field(default_factory=dict)
+    blocked: frozenset[str] = frozenset()
+    trace: str | None = None
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None) -> Config:
+        """Read the environment. An empty variable counts as unset."""
+        env = {k: v for k, v in (os.environ if environ is None else environ).items() if v.strip()}
+        selections = {
+            name: parse_selection(value, name) for name, value in env.items() if name.startswith("SRM_BACKEND")
+        }
+        for name in selections:
+            if name != "SRM_BACKEND" and not name.startswith("SRM_BACKEND_"):
+                raise UnknownNameError("environment variable", name, VARIABLES)
+        blocked = env.get("SRM_BLOCK", "")
+        trace = env.get("SRM_TRACE")
+        if trace is not None:
+            try:
+                with open(trace, "a", encoding="utf-8"):
+                    pass
+            except OSError as error:
+                raise ConfigError(
+                    f"SRM_TRACE={trace}: cannot be written ({error.strerror}); name a writable file"
+                ) from None
+        return cls(
+            default=selections.pop("SRM_BACKEND", DEFAULT),
+            per_op={name.removeprefix("SRM_BACKEND_").lower(): s for name, s in selections.items()},
+            blocked=frozenset(n.strip() for n in blocked.split(",") if n.strip()),
+            trace=trace,
+        )
+
+    def check_names(self, ops: Iterable[str], backends: Iterable[str]) -> None:
+        """A misspelt operator or backend in the environment is an error, not a silent default."""
+        known = [*backends, AUTO]
+        ops = list(ops)
+        for op in self.per_op:
+            if op not in ops:
+                raise UnknownNameError("operator", op, ops, source=f"SRM_BACKEND_{op.upper()}")
+        for selection in (self.default, *self.per_op.values()):
+            for name in selection.names:
+                if name not in known:
+                    raise UnknownNameError("backend", name, known, source=f"{selection.source}={selection}")
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The context-local part of a memo key. States are interned, so identity is equality."""
+
+    selection: Selection | None
+    precision: Precision
+    deterministic: bool
+
+
+@cache
+def _intern(selection: Selection | None, precision: Precision, deterministic: bool) -> State:
+    return State(selection, precision, deterministic)
+
+
+CURRENT: ContextVar[State] = ContextVar("srm_state", default=_intern(None, "ieee", False))  # noqa: B039  (frozen)
+
+
+@contextmanager
+def _override(**change: object) -> Iterator[None]:
+    state = replace(CURRENT.get(), **change)  # type: ignore[arg-type]
+    token = CURRENT.set(_intern(state.selection, state.precision, state.deterministic))
+    try:
+        yield
+    finally:
+        CURRENT.reset(token)
+
+
+def use_backend(selection: str) -> AbstractContextManager[None]:
+    """Use these backends inside the `with` block, in this thread or task only.
+
+    selection: a comma list such as "numpy" (strict) or "triton,auto" (with a fallback).
+    Errors: `ConfigError` for a malformed list, `UnknownNameError` for a name that nothing here has.
+    """
+    from srm_core.registry import registry
+
+    parsed = parse_selection(selection, "use_backend")
+    registry().check_selection(parsed)
+    return _override(selection=parsed)
+
+
+def precision(policy: Precision) -> AbstractContextManager[None]:
+    """Allow ("tf32") or forbid ("ieee", the default) TF32 products of float32 inside the `with` block."""
+    if policy not in ("ieee", "tf32"):
+        raise ConfigError(f"precision: found {policy!r}; required 'ieee' or 'tf32'")
+    return _override(precision=policy)
+
+
+def deterministic(on: bool = True) -> AbstractContextManager[None]:
+    """Inside the `with` block use only kernels that are declared deterministic."""
+    if not isinstance(on, bool):
+        raise ConfigError(f"deterministic: found {on!r}; required True or False")
+    return _override(deterministic=on)

@@ -1,0 +1,104 @@
+"""The launch context: what a kernel is given beside its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from srm_core.arrays import LIBRARIES
+from srm_core.config import State
+
+
+class Residuals:
+    """What a backward sees of its forward: `args`, `options`, and by name the tensors that were kept (or None)."""
+
+    __slots__ = ("args", "kept", "options")
+
+    def __init__(self, args: tuple[Any, ...], options: dict[str, Any], kept: dict[str, Any]) -> None:
+        self.args, self.options, self.kept = args, options, kept
+
+    def get(self, name: str) -> Any:
+        """The residual `name`, or None if the forward left it empty."""
+        return self.kept.get(name)
+
+
+class LaunchContext:
+    """Allocation in the caller's library, the current stream, the policy, and whether residuals are wanted.
+
+    library, device: of the arrays that the kernel sees. precision: "ieee" or "tf32". deterministic: bool.
+    wants_residuals: True if a backward will follow; then `keep` stores what it may use.
+    """
+
+    __slots__ = ("_kept", "_library", "deterministic", "device", "library", "precision")
+
+    def __init__(self, library: str, device: Any, state: State, kept: dict[str, Any] | None = None) -> None:
+        self.library = library
+        self.device = device
+        self.precision = state.precision
+        self.deterministic = state.deterministic
+        self._library = LIBRARIES[library]
+        self._kept = kept
+
+    @property
+    def wants_residuals(self) -> bool:
+        return self._kept is not None
+
+    @property
+    def stream(self) -> int | None:
+        """The handle of the caller's current stream, read at each access; None on a CPU."""
+        return self._library.stream(self.device)
+
+    def keep(self, name: str, array: Any) -> None:
+        """Store a residual of the operator's spec for the backward; ignored if no backward will follow."""
+        if self._kept is not None:
+            self._kept[name] = array
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An uninitialised array for an output, from the caller's library and allocator.
+
+        dtype: a name ("float32", "bfloat16") or a dtype of the kernel's library.
+        """
+        return self._library.empty(shape, dtype, self.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self._library.zeros(shape, dtype, self.device)
+
+    def scratch(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Memory for the kernel's own use, which no caller will see."""
+        return self._library.empty(shape, dtype, self.device)
+
+
+class ForeignContext(LaunchContext):
+    """For a kernel whose library is not the caller's: memory comes from the caller's library as a view.
+
+    `to_caller` finds the caller's own array again, so that a result is what the caller's allocator made.
+    """
+
+    __slots__ = ("_back", "_caller", "_caller_device", "_made", "_view")
+
+    def __init__(
+        self, library: str, caller: str, device: Any, state: State,
+        view: Callable[[Any], Any], back: Callable[[Any], Any], kept: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(library, device, state, kept)
+        self._caller, self._caller_device = LIBRARIES[caller], device
+        self._view, self._back = view, back
+        self._made: dict[int, tuple[Any, Any]] = {}
+
+    def _lend(self, array: Any) -> Any:
+        view = self._view(array)
+        self._made[id(view)] = (view, array)
+        return view
+
+    def _name(self, dtype: Any) -> str:
+        return dtype if isinstance(dtype, str) else self._library.dtype_name(dtype)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self._lend(self._caller.empty(shape, self._name(dtype), self._caller_device))
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self._lend(self._caller.zeros(shape, self._name(dtype), self._caller_device))
+
+    def to_caller(self, array: Any) -> Any:
+        made = self._made.get(id(array))
+        return made[1] if made is not None else self._back(array)

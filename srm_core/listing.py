@@ -1,0 +1,98 @@
+"""What is here: the table of operators and backends, and the report of versions, devices and environment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from srm_core.plugins import BUILT_IN
+from srm_core.registry import registry
+
+LIBRARIES = ("numpy", "ml_dtypes", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operator of one backend: "forward+backward", "forward", or "no", with the reasons for what lacks."""
+
+    op: str
+    backend: str
+    provides: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All backends by all operators, and the plugins that could not be used."""
+
+    backends: tuple[dict[str, Any], ...]
+    cells: tuple[Cell, ...]
+    quarantined: tuple[dict[str, str], ...]
+    blocked: tuple[str, ...]
+
+    def cell(self, op: str, backend: str) -> Cell:
+        return next(c for c in self.cells if (c.op, c.backend) == (op, backend))
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(c.op for c in self.cells))
+
+
+def list_backends() -> Listing:
+    """Every backend and operator, with the reason for every gap. Imports none of torch, triton, cupy."""
+    found = registry()
+    backends, cells = [], []
+    for name, (info, plugin) in found.backends.items():
+        runnable = [str(r) for r in found.runnable(info, plugin)]
+        backends.append(
+            {
+                "name": name, "tech": info.tech, "platforms": list(info.platforms), "plugin": plugin.name,
+                "distribution": plugin.distribution, "built_in": plugin.distribution == BUILT_IN,
+                "reasons": [*runnable, *(f"no operator is called {op!r}" for b, op in found.orphans if b == name)],
+            }
+        )  # fmt: skip
+        for op, spec in found.specs.items():
+            entry = found.kernels[op].get(name)
+            reasons = list(runnable)
+            provides = "no"
+            if entry is None:
+                reasons = ["has no kernel for it"]
+            elif not runnable:
+                provides = "forward+backward" if entry.kernel.backward else "forward"
+                if entry.kernel.backward is None:
+                    reasons = ["changes its state, so it has no gradient" if spec.mutates else "has no backward"]
+            cells.append(Cell(op, name, provides, tuple(reasons)))
+    lost = tuple(
+        {"name": q.name, "distribution": q.distribution, "error": q.error, "traceback": q.traceback}
+        for q in found.plugins.quarantined
+    )
+    return Listing(tuple(backends), tuple(cells), lost, tuple(found.plugins.blocked))
+
+
+def report() -> dict[str, Any]:
+    """Versions, devices and the environment variables in force. Imports no array library but NumPy.
+
+    Devices of torch and CuPy are listed only if the library is imported already.
+    """
+    versions: dict[str, str | None] = {}
+    for name in ("srm-core", *LIBRARIES):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    devices = [f"cpu ({os.cpu_count()} cores, {platform.machine()})"]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "devices": devices,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("SRM_")},
+        "backends": [b["name"] for b in list_backends().backends],
+    }

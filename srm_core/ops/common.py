@@ -1,0 +1,49 @@
+"""What several specifications share: drawing samples, sizes in bytes, sums over broadcast axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers the dtype name "bfloat16" with NumPy)
+import numpy as np
+import numpy.typing as npt
+
+from srm_core.spec import Case
+
+Array = npt.NDArray[Any]
+
+
+def itemsize(dtype: str) -> int:
+    return np.dtype(dtype).itemsize
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> Array:
+    return (scale * rng.standard_normal(shape)).astype(dtype)
+
+
+def uniform(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, low: float, high: float) -> Array:
+    return rng.uniform(low, high, shape).astype(dtype)
+
+
+def sample_lengths(rng: np.random.Generator, batch: int, longest: int) -> Array:
+    """Lengths that always hold 0 and T where there is room for both."""
+    lengths = rng.integers(0, longest + 1, batch)
+    lengths[:1] = longest
+    if batch > 1:
+        lengths[1] = 0
+    return lengths
+
+
+def generator(case: Case, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, *case.name.encode()])
+
+
+def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Sum a gradient over the axes along which an argument of `shape` was broadcast."""
+    axes = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)
+    return gradient.sum(axis=axes, keepdims=True) if axes else gradient
+
+
+def valid_steps(lengths: Array | None, batch: int, longest: int) -> Array | None:
+    """Which of the (B, T) steps lie within their sequence; None if all do."""
+    return None if lengths is None else np.arange(longest) < np.asarray(lengths)[:, None]

@@ -1,0 +1,66 @@
+"""The specification of `recurrent_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from srm_core.contract import as_index, check_modes
+from srm_core.errors import ContractError
+from srm_core.ops.recurrent_step import cases
+from srm_core.ops.recurrent_step.reference import reference, vjp
+from srm_core.spec import Invariant, OpSpec, OptionSpec, OutputSpec, TensorSpec
+
+PARAMETERS = (
+    TensorSpec("weight", ("H L",), role="parameter"),
+    TensorSpec("bias", ("H L",), role="parameter"),
+    TensorSpec("decay", ("H",), role="parameter"),
+    OptionSpec("mode", check_modes),
+)
+
+
+def check_index(name: str, value: Any, dims: Mapping[str, int]) -> None:
+    as_index("recurrent_step", name, value)
+
+
+def check_range(op: str, param: str, value: Any, last: int) -> None:
+    """0 <= value <= last for a host integer; an array's values are the kernel's to judge."""
+    if isinstance(value, int | np.integer) and not 0 <= value <= last:
+        raise ContractError(op, param, f"{value}", f"0 <= {param} <= {last}: the weights have {last + 1} positions")
+
+
+def _check_values(
+    dims: Mapping[str, int], x: Any, state: Any, weight: Any, bias: Any, decay: Any, mode: Any, index: Any
+) -> None:
+    check_range("recurrent_step", "index", index, dims["L"] - 1)
+
+
+SPEC = OpSpec(
+    name="recurrent_step",
+    version=1,
+    summary="one decode step of the structured recurrent mixer",
+    parameters=(
+        TensorSpec("x", ("B H D",)),
+        TensorSpec("state", ("B H D",), role="state"),
+        *PARAMETERS,
+        OptionSpec("index", check_index, dynamic=True, axes=("", "B")),
+    ),
+    outputs=(
+        OutputSpec("y", "B H D", like=("x",)),
+        OutputSpec("new_state", "B H D", like=("state",), state=True),
+    ),
+    reference=reference,
+    vjp=vjp,
+    check_values=_check_values,
+    cases=cases.CASES,
+    sample=cases.sample,
+    error_samples=cases.ERROR_SAMPLES,
+    invariants=(
+        Invariant("batch permutation", cases.batch_permutes),
+        Invariant("heads are independent", cases.heads_are_independent),
+    ),
+    flops=cases.flops,
+    bytes=cases.bytes_moved,
+)

@@ -1,0 +1,123 @@
+"""Discovery: each entry point is loaded in its own try; a broken one is quarantined, the rest go on."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from srm_core import hookspecs
+from srm_core.errors import PluginError
+from srm_core.spec import API_VERSION, BackendInfo, OpSpec
+
+logger = logging.getLogger(__name__)
+GROUP = "srm_core.backends"
+BUILT_IN = "srm-core"
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A plugin that could not be used: the entry point, its distribution, one line, and the traceback."""
+
+    name: str
+    distribution: str
+    error: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A loaded plugin with what it declared."""
+
+    name: str
+    distribution: str
+    backends: tuple[BackendInfo, ...]
+    ops: tuple[OpSpec, ...]
+
+
+class PluginSet:
+    """All plugins of one discovery. `blocked` entry points are never imported."""
+
+    def __init__(self, blocked: frozenset[str] = frozenset()) -> None:
+        self.manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self.manager.add_hookspecs(hookspecs)
+        self.plugins: list[Plugin] = []
+        self.quarantined: list[Quarantined] = []
+        self.blocked: list[str] = []
+        # Built-in plugins first, so that a stranger cannot take one of their names.
+        for entry in sorted(entry_points(group=GROUP), key=lambda e: (_distribution(e) != BUILT_IN, e.name)):
+            if entry.name in blocked:
+                self.blocked.append(entry.name)
+                continue
+            try:
+                self.plugins.append(self._load(entry))
+            # A plugin that calls sys.exit at import is broken, too; only an interrupt is the user's.
+            except (Exception, SystemExit) as error:
+                self._quarantine(entry, error)
+
+    def _load(self, entry: EntryPoint) -> Plugin:
+        module = entry.load()
+        self.manager.register(module, name=entry.name)
+        unknown = [caller.name for caller in self.manager.get_hookcallers(module) or () if caller.spec is None]
+        if unknown:
+            known = sorted(n for n in vars(hookspecs) if n.startswith("srm_"))
+            raise PluginError(f"it implements {', '.join(unknown)}, which is no hook; hooks: {', '.join(known)}")
+        backends: list[BackendInfo] = []
+        for info in self._call(entry.name, "srm_backend_info"):
+            backends.extend(info if isinstance(info, list | tuple) else [info])
+        ops = [op for result in self._call(entry.name, "srm_ops") for op in result]
+        for backend in backends:
+            if not isinstance(backend, BackendInfo):
+                raise PluginError(f"srm_backend_info returned {type(backend).__name__}, not BackendInfo")
+            if backend.api_version != API_VERSION:
+                raise PluginError(
+                    f"backend {backend.name!r} is written for API version {backend.api_version}; "
+                    f"this srm-core has version {API_VERSION}; install a release of the plugin that matches"
+                )
+        self._claim(backends, ops)
+        return Plugin(entry.name, _distribution(entry), tuple(backends), tuple(ops))
+
+    def _claim(self, backends: list[BackendInfo], ops: list[OpSpec]) -> None:
+        """Two plugins may not use one name: the second is quarantined, the first stays as it is."""
+        for plugin in self.plugins:
+            taken = {b.name for b in plugin.backends} & {b.name for b in backends}
+            taken |= {o.name for o in plugin.ops} & {o.name for o in ops}
+            if taken:
+                raise PluginError(
+                    f"the name {', '.join(sorted(taken))} is already taken by plugin {plugin.name!r} "
+                    f"({plugin.distribution}); keep one of them, or block one with SRM_BLOCK"
+                )
+
+    def _quarantine(self, entry: EntryPoint, error: BaseException) -> None:
+        if self.manager.has_plugin(entry.name):
+            self.manager.unregister(name=entry.name)
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("plugin %r is quarantined: %s", entry.name, line)
+        text = "".join(traceback.format_exception(error))
+        self.quarantined.append(Quarantined(entry.name, _distribution(entry), line, text))
+
+    def _call(self, plugin: str, hook: str, **kwargs: Any) -> list[Any]:
+        """Call one plugin's implementation of a hook, and only that one's: an exception stays its own."""
+        others = [p for n, p in self.manager.list_name_plugin() if n != plugin and p is not None]
+        result: list[Any] = self.manager.subset_hook_caller(hook, others)(**kwargs)
+        return result
+
+    def probe(self, plugin: str, backend: str) -> list[Any]:
+        """Every reason that the plugin gives why `backend` cannot run here."""
+        return [reason for reasons in self._call(plugin, "srm_probe", backend=backend) for reason in reasons]
+
+    def notify(self, decision: Any) -> None:
+        """Tell the observers; one that raises is logged and changes nothing."""
+        for implementation in self.manager.hook.srm_on_decision.get_hookimpls():
+            try:
+                self._call(implementation.plugin_name, "srm_on_decision", decision=decision)
+            except Exception:
+                logger.exception("plugin %r: srm_on_decision raised", implementation.plugin_name)
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "unknown"
