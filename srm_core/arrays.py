@@ -27,8 +27,8 @@ class Library(Protocol):
 
     def platform(self, x: Any) -> str: ...
 
-    def strides(self, x: Any) -> tuple[int, ...]:
-        """Strides in elements."""
+    def strides(self, x: Any) -> tuple[float, ...]:
+        """Strides in elements: fractions for a field of records, whose items lie apart by another size."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any: ...
 
@@ -54,8 +54,8 @@ class _NumPy:
     def platform(self, x: Any) -> str:
         return "cpu"
 
-    def strides(self, x: Any) -> tuple[int, ...]:
-        return tuple(s // x.itemsize for s in x.strides)
+    def strides(self, x: Any) -> tuple[float, ...]:
+        return tuple(s / x.itemsize for s in x.strides)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         return np.empty(shape, dtype)
@@ -88,7 +88,7 @@ class _Torch:
     def platform(self, x: Any) -> str:
         return str(x.device.type)
 
-    def strides(self, x: Any) -> tuple[int, ...]:
+    def strides(self, x: Any) -> tuple[float, ...]:
         return tuple(x.stride())
 
     def _dtype(self, dtype: Any) -> Any:
@@ -118,8 +118,8 @@ class _CuPy:
     def platform(self, x: Any) -> str:
         return "cuda"
 
-    def strides(self, x: Any) -> tuple[int, ...]:
-        return tuple(s // x.itemsize for s in x.strides)
+    def strides(self, x: Any) -> tuple[float, ...]:
+        return tuple(s / x.itemsize for s in x.strides)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         with device:
@@ -156,14 +156,23 @@ def torch_to_numpy(x: Any) -> Any:
 
 
 def numpy_to_torch(x: Any) -> Any:
-    """A view of an array; a copy only where torch has none: negative strides, or read-only memory."""
+    """A view of an array; a copy only where torch has none: read-only memory, negative or odd strides."""
     import torch
 
-    if min(x.strides, default=0) < 0 or not x.flags.writeable:
+    if not x.flags.writeable or any(s < 0 or s % x.itemsize for s in x.strides):
         x = x.copy()
     if x.dtype == BFLOAT16:
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(x)
+
+
+def host_device(library: str) -> Any:
+    """Host memory, as arrays of the library name it."""
+    if library != "torch":
+        return "cpu"
+    import torch
+
+    return torch.device("cpu")
 
 
 # (from, to) on the same device; a pair that is not here cannot be converted without a copy.

@@ -11,7 +11,7 @@ The environment is read once, and again by `srm_core.reload_config()`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -91,8 +91,11 @@ class Config:
             trace=trace,
         )
 
-    def check_names(self, ops: Iterable[str], backends: Iterable[str]) -> None:
-        """A misspelt operator or backend in the environment is an error, not a silent default."""
+    def check_names(self, ops: Iterable[str], backends: Iterable[str], note: Callable[[str], str]) -> None:
+        """A misspelt operator or backend in the environment is an error, not a silent default.
+
+        note: what else is known of a backend that is not here (blocked, quarantined).
+        """
         known = [*backends, AUTO]
         ops = list(ops)
         for op in self.per_op:
@@ -101,7 +104,9 @@ class Config:
         for selection in (self.default, *self.per_op.values()):
             for name in selection.names:
                 if name not in known:
-                    raise UnknownNameError("backend", name, known, source=f"{selection.source}={selection}")
+                    raise UnknownNameError(
+                        "backend", name, known, source=f"{selection.source}={selection}", note=note(name)
+                    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from srm_core.arrays import LIBRARIES
+from srm_core.arrays import LIBRARIES, host_device
 from srm_core.config import State
 
 
@@ -80,7 +80,7 @@ class ForeignContext(LaunchContext):
         self, library: str, caller: str, device: Any, state: State,
         view: Callable[[Any], Any], back: Callable[[Any], Any], kept: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(library, device, state, kept)
+        super().__init__(library, host_device(library), state, kept)  # views exist in host memory only
         self._caller, self._caller_device = LIBRARIES[caller], device
         self._view, self._back = view, back
         self._made: dict[int, tuple[Any, Any]] = {}

@@ -154,7 +154,7 @@ class Call:
 
     def is_contiguous(self, param: str) -> bool:
         value = self.values[param]
-        if value is None:
+        if value is None or 0 in value.shape:
             return True
         expected = 1
         for extent, stride in zip(

@@ -6,6 +6,7 @@ array's type, shape, dtype and device, static options by value, the selection an
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -16,12 +17,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from srm_core.arrays import LIBRARIES, VIEWS, library_of
 from srm_core.config import CURRENT, Selection, State, parse_selection
 from srm_core.context import ForeignContext, LaunchContext, Residuals
 from srm_core.contract import Call
-from srm_core.errors import ContractError, KernelError, NoBackendError, SRMError, UndeclaredFeature
-from srm_core.registry import Entry, Registry, on_reload, registry, resolve
+from srm_core.errors import ContractError, KernelError, NoBackendError, UndeclaredFeature
+from srm_core.registry import Entry, Registry, checked_reasons, on_reload, registry, resolve
 from srm_core.spec import COMMON_FEATURES, Feature, OpSpec, Reason, TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -110,7 +113,7 @@ class Plan:
 
 
 class Operator:
-    """The call path of one operator: `operator(args, options, backend)`."""
+    """The call path of one operator. `run(backend, *every parameter in order)` is the way in."""
 
     def __init__(self, spec: OpSpec) -> None:
         self.spec = spec
@@ -118,37 +121,30 @@ class Operator:
         on_reload(self.forget)
 
     def forget(self) -> None:
+        """Drop every remembered answer; the next call reads the registry anew."""
         self.memo: dict[Any, Plan] = {}
-        self._key: Callable[..., Any] = _unread
+        self.run: Callable[..., Any] = self._first_run
+
+    def _first_run(self, backend: str | None, *values: Any) -> Any:
+        # Only the registry knows whether a predicate looks at strides, which then belong into the key.
+        found = registry()
+        run = self.run = _compile(self, _reads_layout(self.spec, found))
+        if registry() is not found:  # reloaded meanwhile
+            self.forget()
+        return run(backend, *values)
 
     def __call__(self, args: tuple[Any, ...], options: dict[str, Any], backend: str | None = None) -> Any:
-        try:
-            plan = self.memo.get(self._key(CURRENT.get(), backend, *args, **options))
-        except (TypeError, AttributeError):
-            plan = None  # an argument that is no array or cannot be hashed: the contract will name it
-        if plan is None:
-            plan = self._miss(args, options, backend)
-        if plan.check is not None:
-            plan.check(*args, **options)
-        try:
-            return plan.forward(plan.context, *args, **options)
-        except Exception as error:
-            raise _kernel_error(plan.decision, error) from error
+        """Run a call in the canonical form of `OpSpec.bind`."""
+        return self.run(backend, *args, *options.values())
 
-    def _miss(self, args: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Plan:
-        memo = self.memo  # if the registry is reloaded meanwhile, this answer goes where it is forgotten
-        found = registry()
-        state = CURRENT.get()
-        if self._key is _unread:
-            self._key = _key_function(self.spec, _reads_layout(self.spec, found))
+    def plan(self, args: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Plan:
+        """Check a call and choose its kernel."""
+        found, state = registry(), CURRENT.get()
         call = Call(self.spec, args, options)
         decision = decide(found, call, state, backend)
         plan = self._plan(call, decision, state)
         found.plugins.notify(decision)
         _trace(found, decision)
-        if len(memo) >= MEMO_LIMIT:
-            memo.clear()
-        memo[self._key(state, backend, *args, **options)] = plan
         return plan
 
     def _plan(self, call: Call, decision: Decision, state: State) -> Plan:
@@ -163,11 +159,6 @@ class Operator:
             forward = Bridge(call, kernel.arrays, state).forward(forward)
             context = LaunchContext(call.library, call.device, state)
         return Plan(forward, context, decision, value_check(call))
-
-
-def _unread(*args: Any, **options: Any) -> Any:
-    """Stands for the key function until the registry is read, which tells whether keys need strides."""
-    raise TypeError
 
 
 def value_check(call: Call) -> Callable[..., None] | None:
@@ -188,32 +179,73 @@ def _reads_layout(spec: OpSpec, found: Registry) -> bool:
     return any(f.layout for f in features)
 
 
-def _key_function(spec: OpSpec, layout: bool) -> Callable[..., Any]:
-    """Compile the function (state, backend, *args, **options) -> memo key for this operator.
+CALL = """
+def run(backend, {parameters}):
+    plan = None
+    try:
+        key = (current(), backend, {key})
+        plan = memo.get(key)
+    except (TypeError, AttributeError):
+        key = None  # an argument that is no array or cannot be hashed: the contract will name it
+    if plan is None:
+        plan = miss(({args}), {{{options}}}, backend)
+        if key is not None:
+            remember(memo, key, plan)
+    if plan.check is not None:
+        plan.check({call})
+    try:
+        return plan.forward(plan.context, {call})
+    except Exception as error:
+        raise kernel_error(plan.decision, error) from error
+"""
 
-    Written as source, once an operator, because it runs on every call: a loop over the parameters costs
-    twice the whole budget.
+
+def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
+    """The call path with this operator's parameters written out.
+
+    It runs on every call: as source made once an operator, as in `collections.namedtuple`, it costs half of
+    what a loop over the parameters does.
     """
-    names, parts = [], []
-    for p in spec.parameters:
+    names: list[str] = []
+    key: list[str] = []
+    args: list[str] = []
+    options: list[str] = []
+    for p in operator.spec.parameters:
         n = p.name
         seen = f"{n}.__class__, {n}.shape, {n}.dtype, {n}.device"
         if layout:
             seen += f", strides({n})"
         if isinstance(p, TensorSpec):
-            parts.append(f"None if {n} is None else ({seen})" if p.optional else seen)
+            key.append(f"None if {n} is None else ({seen})" if p.optional else seen)
         elif p.dynamic:
-            parts.append(f"int if {n}.__class__ is int else None if {n} is None else ({seen})")
+            key.append(f"int if {n}.__class__ is int else None if {n} is None else ({seen})")
         else:
-            parts.append(n)
-        names.append(f"{n}=None" if p.keyword else n)
-    source = f"lambda _state, _backend, {', '.join(names)}: (_state, _backend, {', '.join(parts)})"
-    key: Callable[..., Any] = eval(source, {"int": int, "strides": _strides, "__builtins__": {}})
-    return key
+            key.append(n)
+        names.append(n)
+        (options if p.keyword else args).append(n)
+    source = CALL.format(
+        parameters=", ".join(names), key=", ".join(key), args="".join(f"{n}, " for n in args),
+        options=", ".join(f"{n!r}: {n}" for n in options),
+        call=", ".join([*args, *(f"{n}={n}" for n in options)]),
+    )  # fmt: skip
+    scope: dict[str, Any] = {
+        "current": CURRENT.get, "memo": operator.memo, "miss": operator.plan, "remember": _remember,
+        "kernel_error": _kernel_error, "strides": _strides,
+    }  # fmt: skip
+    exec(compile(source, f"<call path of {operator.spec.name}>", "exec"), scope)
+    run: Callable[..., Any] = scope["run"]
+    return run
 
 
-def _strides(x: Any) -> tuple[int, ...]:
-    return LIBRARIES[library_of(x)].strides(x)  # type: ignore[index]
+def _remember(memo: dict[Any, Plan], key: Any, plan: Plan) -> None:
+    if len(memo) >= MEMO_LIMIT:
+        memo.clear()
+    memo[key] = plan
+
+
+def _strides(x: Any) -> tuple[float, ...]:
+    library = library_of(x)
+    return LIBRARIES[library].strides(x) if library else ()  # NumPy's scalars have none
 
 
 def decide(
@@ -296,7 +328,7 @@ def _why_not(found: Registry, entry: Entry | None, call: Call, state: State, gra
     if kernel.supports is not None and not reasons and not runnable:
         view = View(call, (*COMMON_FEATURES, *call.spec.features, *kernel.features))
         try:
-            yield from resolve(kernel.supports)(view)
+            yield from checked_reasons(resolve(kernel.supports)(view))
         except UndeclaredFeature:
             raise
         except Exception as error:
@@ -321,6 +353,8 @@ class Bridge:
         self.view = VIEWS[call.library, target, call.platform]
         self.back = VIEWS[target, call.library, call.platform]
         self.op = call.spec.name
+        self.mutates = call.spec.mutates
+        self.names = tuple(p.name for p in call.spec.parameters)
 
     def context(self, kept: dict[str, Any] | None = None) -> ForeignContext:
         return ForeignContext(self.target, self.caller, self.device, self.state, self.view, self.back, kept)
@@ -350,15 +384,26 @@ class Bridge:
     def forward(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(_: LaunchContext, *args: Any, **options: Any) -> Any:
             context = self.context()
-            args, options = self.all_inward(args, options)
-            return self.outward(context, kernel(context, *args, **options))
+            seen, named = self.all_inward(args, options)
+            result = kernel(context, *seen, **named)
+            if self.mutates:
+                self._write_back(
+                    {**dict(zip(self.names, args, strict=False)), **options},
+                    {**dict(zip(self.names, seen, strict=False)), **named},
+                )
+            return self.outward(context, result)
 
         return run
 
+    def _write_back(self, values: dict[str, Any], views: dict[str, Any]) -> None:
+        """What the kernel changed, where the array could not be seen without a copy (only NumPy's: VIEWS)."""
+        for name in self.mutates:
+            value, after = values[name], self.back(views[name])
+            if self.caller == "numpy" and not np.may_share_memory(value, after):
+                value[...] = after
 
-def _kernel_error(decision: Decision, error: Exception, direction: str = "forward") -> SRMError:
-    if isinstance(error, ContractError | KernelError):
-        return error
+
+def _kernel_error(decision: Decision, error: Exception, direction: str = "forward") -> KernelError:
     return KernelError(
         f"{decision.op}: the {direction} kernel of backend {decision.chosen!r} raised "
         f"{type(error).__name__}: {error}; call: {decision.call}"
@@ -439,16 +484,39 @@ def explain(op: Any, *args: Any, backend: str | None = None, gradients: bool = F
 def bind(op: Any, *example: Any, backend: str | None = None, **options: Any) -> Callable[..., Any]:
     """Check and choose once, with example arguments; returns a function that calls the kernel directly.
 
-    The function takes what the operator takes. **Nothing is checked any more**: arguments of another shape,
-    dtype, device or library than the example's give wrong results or crash, and policies and selections
-    that are in force later are not seen.
+    The function takes what the operator takes; an option that is left out has the example's value (a tensor,
+    or an option that changes at each call, its usual default). **Nothing is checked any more**: arguments of
+    another shape, dtype, device or library than the example's give wrong results or crash, and policies and
+    selections that are in force later are not seen.
     """
     path = operator(op)
     bound, named = path.spec.bind(example, options)
-    plan = path._miss(bound, named, backend)
+    plan = path.plan(bound, named, backend)
     if plan.check is not None:
         plan.check(*bound, **named)
-    return partial(plan.forward, plan.context)
+    values = {**dict(zip((p.name for p in path.spec.parameters), bound, strict=False)), **named}
+    return _direct(path.spec, plan, values)
+
+
+def _direct(spec: OpSpec, plan: Plan, example: dict[str, Any]) -> Callable[..., Any]:
+    """The operator's own signature around a kernel, which is always called with every argument."""
+    known: dict[str, Any] = {"_forward": plan.forward, "_context": plan.context, "__builtins__": {}}
+    head, passed, star = [], [], False
+    for p in spec.parameters:
+        n = p.name
+        if p.keyword and not star:
+            head.append("*")
+            star = True
+        if isinstance(p, TensorSpec):
+            head.append(f"{n}=None" if p.optional else n)
+        elif p.default is inspect.Parameter.empty:
+            head.append(n)
+        else:
+            known[f"_default_{n}"] = p.default if p.dynamic else example[n]
+            head.append(f"{n}=_default_{n}")
+        passed.append(f"{n}={n}" if p.keyword else n)
+    function: Callable[..., Any] = eval(f"lambda {', '.join(head)}: _forward(_context, {', '.join(passed)})", known)
+    return function
 
 
 def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
@@ -465,13 +533,13 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
     found, state = registry(), CURRENT.get()
     checked = Call(path.spec, bound, named)
     decision = decide(found, checked, state, backend, gradients=True)
+    _trace(found, decision)
     if decision.entry is None:
         raise NoBackendError(_no_backend(decision), decision)
     check = value_check(checked)
     if check is not None:
         check(*bound, **named)
     found.plugins.notify(decision)
-    _trace(found, decision)
     kernel = decision.entry.kernel
     forward, backward = resolve(kernel.forward), resolve(kernel.backward or "")
     kept: dict[str, Any] = {}
@@ -483,6 +551,8 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
         bound, named = bridge.all_inward(bound, named)
     try:
         inner = forward(context, *bound, **named)
+    except (ContractError, KernelError):
+        raise
     except Exception as error:
         raise _kernel_error(decision, error) from error
     outputs = inner if bridge is None else bridge.outward(context, inner)  # type: ignore[arg-type]
@@ -510,6 +580,8 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
             checked_grads.append(grad if bridge is None else bridge.inward(name, grad))
         try:
             result = backward(own, residuals, *checked_grads)
+        except (ContractError, KernelError):
+            raise
         except Exception as error:
             raise _kernel_error(decision, error, "backward") from error
         return tuple(result) if bridge is None else bridge.outward(own, tuple(result))  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ class Registry:
         from srm_core.ops import SPECS  # the operators import the call path, which imports this module
 
         self.config = Config.from_environ()
-        self.plugins = PluginSet(self.config.blocked)
+        self.plugins = PluginSet(self.config.blocked, frozenset(SPECS))
         self.specs: dict[str, OpSpec] = dict(SPECS)
         for plugin in self.plugins.plugins:
             self.specs.update((op.name, op) for op in plugin.ops)
@@ -70,7 +70,7 @@ class Registry:
                 if name not in SPECS:
                     self.kernels[name]["reference"] = Entry(reference_kernel(spec), backend, plugin)
         self._runnable: dict[str, tuple[Reason, ...]] = {}
-        self.config.check_names(self.specs, self.backends)
+        self.config.check_names(self.specs, self.backends, self._lost)
 
     def spec(self, op: str) -> OpSpec:
         """The specification of the operator `op`. Errors: `UnknownNameError`."""
@@ -124,8 +124,8 @@ class Registry:
 
     def _probe(self, backend: BackendInfo, plugin: Plugin) -> list[Reason]:
         try:
-            return self.plugins.probe(plugin.name, backend.name)
-        except Exception as error:
+            return checked_reasons(self.plugins.probe(plugin.name, backend.name))
+        except (Exception, SystemExit) as error:
             logger.warning("backend %r: its probe raised", backend.name, exc_info=True)
             return [Reason("probe-failed", f"its probe raised {type(error).__name__}: {error}")]
 
@@ -135,7 +135,17 @@ def _missing(requirements: Iterable[str]) -> list[Reason]:
     reasons = []
     for text in requirements:
         if not any(_met(Requirement(alternative.strip())) for alternative in text.split("|")):
-            reasons.append(Reason("not-installed", f"{text} is not installed", hint=f"pip install '{text}'"))
+            hint = " or ".join(f"pip install '{alternative.strip()}'" for alternative in text.split("|"))
+            reasons.append(Reason("not-installed", f"{text} is not installed", hint=hint))
+    return reasons
+
+
+def checked_reasons(answer: Iterable[Any]) -> list[Reason]:
+    """What a probe or a predicate answered. Errors: `PluginError` if it holds anything but reasons."""
+    reasons = list(answer)
+    for reason in reasons:
+        if not isinstance(reason, Reason):
+            raise PluginError(f"found {reason!r}; required a list of srm_core.spec.Reason, empty for yes")
     return reasons
 
 
@@ -153,7 +163,7 @@ def resolve(target: str) -> Callable[..., Any]:
         function: Any = importlib.import_module(module)
         for name in names.split("."):
             function = getattr(function, name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"the target {target!r} cannot be loaded: {type(error).__name__}: {error}") from error
     return function  # type: ignore[no-any-return]
 

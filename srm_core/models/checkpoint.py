@@ -25,7 +25,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Array], dict[str, str]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
-        entries = deserialize(data)
+        entries = deserialize(data)  # type: ignore[no-untyped-call]
         # The library offers metadata only for files it opens itself; the header is JSON behind its length.
         size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})

@@ -42,7 +42,9 @@ class MixerConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(f"config: {name}: found {value!r}; required a positive integer")
         if self.heads is not None and self.hidden_dim % self.heads:
-            raise CheckpointError(f"config: heads: found {self.heads}; required a divisor of hidden_dim {self.hidden_dim}")
+            raise CheckpointError(
+                f"config: heads: found {self.heads}; required a divisor of hidden_dim {self.hidden_dim}"
+            )
         if sum((self.mixed_heads, self.combined_heads, self.parallel_heads)) > 1:
             raise CheckpointError("config: at most one of mixed_heads, combined_heads, parallel_heads can be set")
         if self.heads is None and (self.mixed_heads or self.combined_heads or self.parallel_heads):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from srm_core.arrays import library_of, torch_to_numpy
+from srm_core.dispatch import Decision, explain
 from srm_core.errors import CheckpointError, ContractError, SequenceLengthError, VocabularyError
 from srm_core.models import mixing
 from srm_core.models.checkpoint import Parameters, read_safetensors
@@ -172,7 +173,7 @@ class RecurrentMixer:
             host = host.astype(np.int64)  # an empty list has no integers to show
         if host.ndim != rank or host.dtype.kind not in "iu":
             raise ContractError("RecurrentMixer", "ids", f"{host.dtype} {host.shape}", f"integers {axes}")
-        if host.size and not (0 <= host.min() and host.max() < self.config.vocab_size):
+        if host.size and not (host.min() >= 0 and host.max() < self.config.vocab_size):
             bad = host.min() if host.min() < 0 else host.max()
             raise VocabularyError(f"the id {bad} is not in the vocabulary of {self.config.vocab_size}")
         return host.astype(np.int64)
@@ -243,14 +244,21 @@ class RecurrentMixer:
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token: zeros."""
         width = self.config.hidden_dim
-        layers = tuple(
-            self._array(np.zeros(block.tokens.state_shape(batch, width))) for block in self._blocks
-        )
+        layers = tuple(self._array(np.zeros(block.tokens.state_shape(batch, width))) for block in self._blocks)
         return MixerState(layers, np.zeros(batch, np.int64))
+
+    def explain(self, batch: int = 1) -> Decision:
+        """Which backend a decode step runs on, and why."""
+        mixing = self._blocks[0].tokens
+        state = self.initial_state(batch).layers[0]
+        weights = (mixing.weight, mixing.bias, mixing.decay, mixing.mode)
+        return explain("recurrent_step", state, state, *weights, 0)
 
     def _state(self, state: MixerState, batch: int) -> MixerState:
         if len(state.positions) != batch:
-            raise ContractError("RecurrentMixer", "state", f"a batch of {len(state.positions)}", f"{batch}, as ids have")
+            raise ContractError(
+                "RecurrentMixer", "state", f"a batch of {len(state.positions)}", f"{batch}, as ids have"
+            )
         return state
 
     def _rows(self, first: MixerState, second: MixerState, order: list[int]) -> MixerState:

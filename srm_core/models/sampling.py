@@ -35,9 +35,9 @@ def sample(
 ) -> Array:
     """One token id a row of logits (B, V). temperature 0 takes the largest logit; ties go to the lower id."""
     logits = logits.astype(np.float64)
+    chosen: Array = logits.argmax(axis=1)
     if temperature == 0:
-        return logits.argmax(axis=1)
-    chosen = np.empty(len(logits), np.int64)
+        return chosen
     for i, row in enumerate(logits):
         scaled = (row - row.max()) / temperature
         if top_k is not None and top_k < len(row):

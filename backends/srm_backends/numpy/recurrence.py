@@ -8,6 +8,8 @@ and its end from zero E), then, after the N states between the blocks are known,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -47,23 +49,37 @@ def linear_recurrence(gates: Array, tokens: Array | None, state: Array, out: Arr
 def _serial(gates: Array, tokens: Array | None, state: Array, out: Array) -> Array:
     batch, steps, width = out.shape
     constant = gates.shape[1] == 1
-    rows = np.empty((CHUNK, batch, width), state.dtype)
-    fixed = gates[:, 0].astype(state.dtype)
-    varying = np.empty((CHUNK, batch, width), state.dtype)
-    tokens_c = np.empty_like(rows)
+    fixed = repeat(gates[:, 0].astype(state.dtype))
+    if batch == 1 and all(a is None or a.dtype == state.dtype for a in (gates, tokens, out)):
+        # A step is one contiguous row already.
+        factors = fixed if constant else gates.swapaxes(0, 1)
+        return advance(factors, None if tokens is None else tokens.swapaxes(0, 1), state, out.swapaxes(0, 1)).copy()
+    rows = np.empty((CHUNK, batch, width), state.dtype)  # a step's gates, then its states
+    added = np.empty_like(rows)
     for t in range(0, steps, CHUNK):
         n = min(CHUNK, steps - t)
         if not constant:
-            varying[:n] = gates[:, t : t + n].swapaxes(0, 1)
+            rows[:n] = gates[:, t : t + n].swapaxes(0, 1)
         if tokens is not None:
-            tokens_c[:n] = tokens[:, t : t + n].swapaxes(0, 1)
-        for i in range(n):
-            np.multiply(fixed if constant else varying[i], state, rows[i])
-            if tokens is not None:
-                np.add(rows[i], tokens_c[i], rows[i])
-            state = rows[i]
+            added[:n] = tokens[:, t : t + n].swapaxes(0, 1)
+        state = advance(fixed if constant else rows, None if tokens is None else added, state, rows[:n])
         out[:, t : t + n] = rows[:n].swapaxes(0, 1)
         state = state.copy()  # the next chunk writes over it
+    return state
+
+
+def advance(factors: Iterable[Array], added: Array | None, state: Array, rows: Array) -> Array:
+    """rows[i] = factors[i] * state + added[i], each row the next one's state; `rows` may be either of the others."""
+    if added is None:
+        for factor, row in zip(factors, rows, strict=False):
+            np.multiply(factor, state, row)
+            state = row
+        return state
+    product = np.empty_like(state)
+    for factor, term, row in zip(factors, added, rows, strict=False):
+        np.multiply(factor, state, product)
+        np.add(product, term, row)
+        state = row
     return state
 
 
@@ -103,13 +119,8 @@ def _blocked(gates: Array, tokens: Array | None, state: Array, out: Array) -> Ar
     if not (np.abs(between) <= np.finfo(state.dtype).max).all():
         return None
 
-    s = between.astype(state.dtype)
     rows = np.empty((BLOCK, batch, blocks, width), state.dtype)
-    for k in range(BLOCK):
-        np.multiply(g[k], s, rows[k])
-        if x is not None:
-            np.add(rows[k], x[k], rows[k])
-        s = rows[k]
+    advance(g, x, between.astype(state.dtype), rows)
     out[:, :whole].reshape(batch, blocks, BLOCK, width)[...] = rows.transpose(1, 2, 0, 3)
     last = rows[-1, :, -1].copy()
     if whole == steps:

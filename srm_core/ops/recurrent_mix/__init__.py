@@ -35,7 +35,6 @@ def recurrent_mix(
 
     Errors: `ContractError`, `NoBackendError`.
     """
-    result: tuple[Any, Any] = _operator(
-        (x, weight, bias, decay, host_tuple(mode), initial_state), {"start": start, "lengths": lengths}, backend
-    )
+    mode = host_tuple(mode)
+    result: tuple[Any, Any] = _operator.run(backend, x, weight, bias, decay, mode, initial_state, start, lengths)
     return result

@@ -33,5 +33,5 @@ def recurrent_step(
 
     Errors: `ContractError`, `NoBackendError`.
     """
-    result: tuple[Any, Any] = _operator((x, state, weight, bias, decay, host_tuple(mode), index), {}, backend)
+    result: tuple[Any, Any] = _operator.run(backend, x, state, weight, bias, decay, host_tuple(mode), index)
     return result

@@ -27,4 +27,4 @@ def recurrent_step_(
 
     Errors: `ContractError`, `NoBackendError`; state is then as it was.
     """
-    return _operator((x, state, weight, bias, decay, host_tuple(mode), index), {"slots": slots}, backend)
+    return _operator.run(backend, x, state, weight, bias, decay, host_tuple(mode), index, slots)

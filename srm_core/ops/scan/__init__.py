@@ -36,7 +36,5 @@ def scan(
     >>> y.ravel().tolist()
     [1.0, 1.5, 1.75, 1.875]
     """
-    result: tuple[Any, Any] = _operator(
-        (gates, tokens, initial_state), {"reverse": reverse, "lengths": lengths}, backend
-    )
+    result: tuple[Any, Any] = _operator.run(backend, gates, tokens, initial_state, reverse, lengths)
     return result

@@ -1,0 +1,1 @@
+"""What the commands do; `srm_core.cli` says how they are called."""
