@@ -27,6 +27,9 @@ class Library(Protocol):
 
     def platform(self, x: Any) -> str: ...
 
+    def device_key(self, x: Any) -> Any:
+        """Something that can be hashed and tells the device of `x` from the library's others."""
+
     def strides(self, x: Any) -> tuple[float, ...]:
         """Strides in elements: fractions for a field of records, whose items lie apart by another size."""
 
@@ -53,6 +56,9 @@ class _NumPy:
 
     def platform(self, x: Any) -> str:
         return "cpu"
+
+    def device_key(self, x: Any) -> Any:
+        return None
 
     def strides(self, x: Any) -> tuple[float, ...]:
         return tuple(s / x.itemsize for s in x.strides)
@@ -88,6 +94,9 @@ class _Torch:
     def platform(self, x: Any) -> str:
         return str(x.device.type)
 
+    def device_key(self, x: Any) -> Any:
+        return x.device
+
     def strides(self, x: Any) -> tuple[float, ...]:
         return tuple(x.stride())
 
@@ -117,6 +126,9 @@ class _CuPy:
 
     def platform(self, x: Any) -> str:
         return "cuda"
+
+    def device_key(self, x: Any) -> Any:
+        return x.device.id  # a Device of CuPy cannot be hashed
 
     def strides(self, x: Any) -> tuple[float, ...]:
         return tuple(s / x.itemsize for s in x.strides)

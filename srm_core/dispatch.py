@@ -212,7 +212,7 @@ def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
     options: list[str] = []
     for p in operator.spec.parameters:
         n = p.name
-        seen = f"{n}.__class__, {n}.shape, {n}.dtype, {n}.device"
+        seen = f"{n}.__class__, {n}.shape, {n}.dtype, None if {n}.__class__ is ndarray else device({n})"
         if layout:
             seen += f", strides({n})"
         if isinstance(p, TensorSpec):
@@ -230,7 +230,7 @@ def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
     )  # fmt: skip
     scope: dict[str, Any] = {
         "current": CURRENT.get, "memo": operator.memo, "miss": operator.plan, "remember": _remember,
-        "kernel_error": _kernel_error, "strides": _strides,
+        "kernel_error": _kernel_error, "strides": _strides, "device": _device, "ndarray": np.ndarray,
     }  # fmt: skip
     exec(compile(source, f"<call path of {operator.spec.name}>", "exec"), scope)
     run: Callable[..., Any] = scope["run"]
@@ -241,6 +241,10 @@ def _remember(memo: dict[Any, Plan], key: Any, plan: Plan) -> None:
     if len(memo) >= MEMO_LIMIT:
         memo.clear()
     memo[key] = plan
+
+
+def _device(x: Any) -> Any:
+    return LIBRARIES[library_of(x)].device_key(x)  # type: ignore[index]
 
 
 def _strides(x: Any) -> tuple[float, ...]:

@@ -59,6 +59,9 @@ def test_the_model_runs_on_any_library(placed: tuple[str, str | None], eager: st
         first, state = model.prefill(ids[:, :20])
         stepped, _ = model.step(ids[:, 20], state)
         texts = model.generate(prompts, 40, temperature=0.7, seed=3)
+        remembered = len(srm_core.dispatch.operator("recurrent_mix").memo)
+        model.forward(ids)
+    assert len(srm_core.dispatch.operator("recurrent_mix").memo) == remembered > 0
     truth = expected.forward(ids)
     for got, want in ((whole, truth), (first, truth[:, :20]), (stepped, truth[:, 20])):
         host = got.get() if library == "cupy" else got.cpu().numpy()
