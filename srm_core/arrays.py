@@ -52,7 +52,7 @@ class _NumPy:
         return ""
 
     def dtype_name(self, dtype: Any) -> str:
-        return str(dtype.name)
+        return str(np.dtype(dtype).name)
 
     def platform(self, x: Any) -> str:
         return "cpu"
@@ -122,7 +122,7 @@ class _CuPy:
         return "" if type(x) is sys.modules["cupy"].ndarray else f"a {type(x).__name__}"
 
     def dtype_name(self, dtype: Any) -> str:
-        return str(dtype.name)
+        return str(np.dtype(dtype).name)
 
     def platform(self, x: Any) -> str:
         return "cuda"

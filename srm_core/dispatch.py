@@ -138,14 +138,12 @@ class Operator:
         return self.run(backend, *args, *options.values())
 
     def plan(self, args: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Plan:
-        """Check a call and choose its kernel."""
+        """Check a call and choose its kernel. Who remembers the plan announces it afterwards."""
         found, state = registry(), CURRENT.get()
         call = Call(self.spec, args, options)
         decision = decide(found, call, state, backend)
-        plan = self._plan(call, decision, state)
-        found.plugins.notify(decision)
         _trace(found, decision)
-        return plan
+        return self._plan(call, decision, state)
 
     def _plan(self, call: Call, decision: Decision, state: State) -> Plan:
         if decision.entry is None:
@@ -179,25 +177,30 @@ def _reads_layout(spec: OpSpec, found: Registry) -> bool:
     return any(f.layout for f in features)
 
 
+# Every name of its own has an underscore: an operator's parameter may be called key, or plan.
 CALL = """
-def run(backend, {parameters}):
-    plan = None
+def run(_backend, {parameters}):
+    _plan = None
     try:
-        key = (current(), backend, {key})
-        plan = memo.get(key)
-    except (TypeError, AttributeError):
-        key = None  # an argument that is no array or cannot be hashed: the contract will name it
-    if plan is None:
-        plan = miss(({args}), {{{options}}}, backend)
-        if key is not None:
-            remember(memo, key, plan)
-    if plan.check is not None:
-        plan.check({call})
+        _key = (_current(), _backend, {key})
+        _plan = _memo.get(_key)
+    except Exception:
+        _key = None  # an argument that is no array or cannot be hashed: the contract will name it
+    if _plan is None:
+        _plan = _miss(({args}), {{{options}}}, _backend)
+        if _key is not None:
+            _remember(_memo, _key, _plan)
+        _announce(_plan.decision)
+    if _plan.check is not None:
+        _plan.check({call})
     try:
-        return plan.forward(plan.context, {call})
-    except Exception as error:
-        raise kernel_error(plan.decision, error) from error
+        return _plan.forward(_plan.context, {call})
+    except _passed:
+        raise
+    except Exception as _error:
+        raise _kernel_error(_plan.decision, _error) from _error
 """
+PASSED = (ContractError, KernelError)  # a kernel that raises one of these means the caller to have it as it is
 
 
 def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
@@ -212,15 +215,16 @@ def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
     options: list[str] = []
     for p in operator.spec.parameters:
         n = p.name
-        seen = f"{n}.__class__, {n}.shape, {n}.dtype, None if {n}.__class__ is ndarray else device({n})"
+        seen = f"{n}.__class__, {n}.shape, {n}.dtype, None if {n}.__class__ is _ndarray else _device({n})"
         if layout:
-            seen += f", strides({n})"
+            seen += f", _strides({n})"
         if isinstance(p, TensorSpec):
             key.append(f"None if {n} is None else ({seen})" if p.optional else seen)
         elif p.dynamic:
-            key.append(f"int if {n}.__class__ is int else None if {n} is None else ({seen})")
+            array = f"None if {n} is None else ({seen})" if p.axes else f"{n}.__class__"
+            key.append(f"int if {n}.__class__ is int else {array}")
         else:
-            key.append(n)
+            key.append(f"{n}.__class__, {n}")  # True == 1, but not to the contract
         names.append(n)
         (options if p.keyword else args).append(n)
     source = CALL.format(
@@ -229,8 +233,9 @@ def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
         call=", ".join([*args, *(f"{n}={n}" for n in options)]),
     )  # fmt: skip
     scope: dict[str, Any] = {
-        "current": CURRENT.get, "memo": operator.memo, "miss": operator.plan, "remember": _remember,
-        "kernel_error": _kernel_error, "strides": _strides, "device": _device, "ndarray": np.ndarray,
+        "_current": CURRENT.get, "_memo": operator.memo, "_miss": operator.plan, "_remember": _remember,
+        "_announce": _announce, "_passed": PASSED, "_kernel_error": _kernel_error,
+        "_strides": _strides, "_device": _device, "_ndarray": np.ndarray,
     }  # fmt: skip
     exec(compile(source, f"<call path of {operator.spec.name}>", "exec"), scope)
     run: Callable[..., Any] = scope["run"]
@@ -243,8 +248,13 @@ def _remember(memo: dict[Any, Plan], key: Any, plan: Plan) -> None:
     memo[key] = plan
 
 
+def _announce(decision: Decision) -> None:
+    registry().plugins.notify(decision)
+
+
 def _device(x: Any) -> Any:
-    return LIBRARIES[library_of(x)].device_key(x)  # type: ignore[index]
+    library = library_of(x)
+    return LIBRARIES[library].device_key(x) if library else None  # NumPy's scalars are on none
 
 
 def _strides(x: Any) -> tuple[float, ...]:
@@ -496,6 +506,7 @@ def bind(op: Any, *example: Any, backend: str | None = None, **options: Any) -> 
     path = operator(op)
     bound, named = path.spec.bind(example, options)
     plan = path.plan(bound, named, backend)
+    _announce(plan.decision)
     if plan.check is not None:
         plan.check(*bound, **named)
     values = {**dict(zip((p.name for p in path.spec.parameters), bound, strict=False)), **named}
@@ -555,7 +566,7 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
         bound, named = bridge.all_inward(bound, named)
     try:
         inner = forward(context, *bound, **named)
-    except (ContractError, KernelError):
+    except PASSED:
         raise
     except Exception as error:
         raise _kernel_error(decision, error) from error
@@ -575,19 +586,24 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
         for name, grad, output in zip(names, grads, expected, strict=True):
             if grad is None:
                 grad = LIBRARIES[checked.library].zeros(tuple(output.shape), output.dtype, checked.device)
-            elif type(grad) is not type(output) or grad.shape != output.shape or grad.dtype != output.dtype:
-                shape = getattr(grad, "shape", "")
-                dtype = getattr(grad, "dtype", type(grad).__name__)
+            elif type(grad) is not type(output) or _form(grad) != _form(output):
+                found = _form(grad) if type(grad) is type(output) else (type(grad).__name__,)
                 raise ContractError(
-                    path.spec.name, f"gradient of {name}", f"{dtype} {shape}", f"{output.dtype} {output.shape}"
-                )
+                    path.spec.name, f"gradient of {name}", " ".join(map(str, found)),
+                    " ".join(map(str, _form(output))),
+                )  # fmt: skip
             checked_grads.append(grad if bridge is None else bridge.inward(name, grad))
         try:
             result = backward(own, residuals, *checked_grads)
-        except (ContractError, KernelError):
+        except PASSED:
             raise
         except Exception as error:
             raise _kernel_error(decision, error, "backward") from error
         return tuple(result) if bridge is None else bridge.outward(own, tuple(result))  # type: ignore[arg-type]
 
     return outputs, pullback
+
+
+def _form(array: Any) -> tuple[Any, ...]:
+    """What a gradient must have in common with its output."""
+    return array.dtype, tuple(array.shape), "on", array.device

@@ -91,7 +91,7 @@ class Plugins:
         """Install one backend with these kernels (source of a tuple)."""
         extra = "".join(f", {k}={v!r}" for k, v in fields.items())
         info = f"@hookimpl\ndef srm_backend_info():\n    return BackendInfo({name!r}, 'test', ({kernels},){extra})\n"
-        return self(name, textwrap.dedent(source) + info)
+        return self(name, textwrap.dedent(source) + "\n" + info)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ def test_trace_must_be_writable(environ: Any, tmp_path: Path) -> None:
 def test_blocks_nest(arrays: Any) -> None:
     """The innermost use_backend holds, and leaving restores the outer, also by an exception."""
     with srm_core.use_backend("reference"):
-        with pytest.raises(KeyError), srm_core.use_backend("numpy"):
+        with suppress(KeyError), srm_core.use_backend("numpy"):
             assert chosen(arrays) == ("numpy", "use_backend")
             raise KeyError
         assert chosen(arrays) == ("reference", "use_backend")

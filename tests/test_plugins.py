@@ -32,7 +32,7 @@ BROKEN = {
     "no python": ("def (", "SyntaxError"),
     "lacks an import": ("import no_such_module_here", "No module named 'no_such_module_here'"),
     "misspelt hook": ("@hookimpl\ndef srm_backend_inof(): return []", "srm_backend_inof, which is no hook"),
-    "hook arguments": ("@hookimpl\ndef srm_probe(device): return []", "device"),
+    "hook arguments": ("@hookimpl\ndef srm_probe(device): return []", "srm_probe"),
     "info raises": ("@hookimpl\ndef srm_backend_info(): raise OSError('driver')", "OSError: driver"),
     "info is a dict": ("@hookimpl\ndef srm_backend_info(): return {'name': 'plug'}", "returned dict, not BackendInfo"),
     "info is None": ("@hookimpl\ndef srm_backend_info(): pass", "returned None, not BackendInfo"),

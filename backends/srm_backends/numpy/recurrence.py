@@ -23,6 +23,9 @@ ROW = 512  # rows of at most this many elements take the blocked form, if there 
 STEPS = 256  # at least this many steps
 FAINT = 1e-200  # a float64 product below this may have lost what a later large state would bring back
 
+# NaN and infinity are results like others: a kernel warns of none, whatever the caller's own error state is.
+quiet = np.errstate(over="ignore", invalid="ignore", under="ignore")
+
 
 def compute_dtype(dtype: Any) -> Any:
     """float64 for float64, float32 for everything else."""
@@ -38,12 +41,11 @@ def linear_recurrence(gates: Array, tokens: Array | None, state: Array, out: Arr
     batch, steps, width = out.shape
     if steps == 0 or out.size == 0:
         return state.copy()
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        if batch * width <= ROW and steps >= STEPS:
-            last = _blocked(gates, tokens, state, out)
-            if last is not None:
-                return last
-        return _serial(gates, tokens, state, out)
+    if batch * width <= ROW and steps >= STEPS:
+        last = _blocked(gates, tokens, state, out)
+        if last is not None:
+            return last
+    return _serial(gates, tokens, state, out)
 
 
 def _serial(gates: Array, tokens: Array | None, state: Array, out: Array) -> Array:
@@ -99,11 +101,14 @@ def _blocked(gates: Array, tokens: Array | None, state: Array, out: Array) -> Ar
         g = cut(gates)
     x = None if tokens is None else cut(tokens)
 
-    # Products and ends in float64: for float32 that is range enough, and no rounding of their own.
-    product = g[0].astype(np.float64)
+    # Products and ends in float64: for float32 that is range enough, and no rounding of their own. For float64
+    # a product's error must not be the same one in every block, where it would add up instead of averaging out.
+    alike = gates.shape[1] == 1 and state.dtype == np.float64
+    product = g[0].astype(np.longdouble) ** BLOCK if alike else g[0].astype(np.float64)
     end = np.zeros((batch, blocks, width)) if x is None else x[0].astype(np.float64)
     for k in range(1, BLOCK):
-        product *= g[k]
+        if not alike:
+            product *= g[k]
         if x is not None:
             end *= g[k]
             end += x[k]
@@ -112,10 +117,11 @@ def _blocked(gates: Array, tokens: Array | None, state: Array, out: Array) -> Ar
     if state.dtype == np.float64 and (np.abs(product) < FAINT).any():
         return None
 
-    between = np.empty((batch, blocks, width))  # the state before each block
+    between = np.empty((batch, blocks, width), product.dtype)  # the state before each block
     between[:, 0] = state
     per_block = product if gates.shape[1] == 1 else product[:, :-1]
-    linear_recurrence(per_block, end[:, :-1], between[:, 0].copy(), between[:, 1:])
+    carry = _serial if alike else linear_recurrence
+    carry(per_block, end[:, :-1], between[:, 0].copy(), between[:, 1:])
     if not (np.abs(between) <= np.finfo(state.dtype).max).all():
         return None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from srm_backends.numpy.recurrence import Array, compute_dtype, linear_recurrence
+from srm_backends.numpy.recurrence import Array, compute_dtype, linear_recurrence, quiet
 from srm_backends.numpy.recurrent_step import at_positions, row_heads, scatter
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.common import valid_steps
@@ -41,6 +41,7 @@ def _gates(decay: Array, width: int, compute: Any) -> Array:
     return np.repeat(decay.astype(compute), width)[None, None]  # (1, 1, H*D)
 
 
+@quiet
 def forward(
     ctx: LaunchContext, x: Array, weight: Array, bias: Array, decay: Array, mode: tuple[str, ...],
     initial_state: Array | None = None, *, start: Any = 0, lengths: Array | None = None,
@@ -73,6 +74,7 @@ def forward(
     return y, final
 
 
+@quiet
 def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_final: Array) -> tuple[Any, ...]:
     """a_t = w_out*dy_t + d*a_{t+1}: the same recurrence against time; then `recurrent_step`'s gradients."""
     x, weight, bias, decay, mode, initial_state = residuals.args

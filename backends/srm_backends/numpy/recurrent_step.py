@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from srm_backends.numpy.recurrence import Array, compute_dtype
+from srm_backends.numpy.recurrence import Array, compute_dtype, quiet
 from srm_core.context import LaunchContext, Residuals
 
 
@@ -46,6 +46,7 @@ def _advance(
     return y, new
 
 
+@quiet
 def forward(
     ctx: LaunchContext, x: Array, state: Array, weight: Array, bias: Array, decay: Array,
     mode: tuple[str, ...], index: Any,
@@ -57,6 +58,7 @@ def forward(
     return y_out, new_out
 
 
+@quiet
 def forward_(
     ctx: LaunchContext, x: Array, state: Array, weight: Array, bias: Array, decay: Array,
     mode: tuple[str, ...], index: Any, *, slots: Array | None = None,
@@ -69,6 +71,7 @@ def forward_(
     return out
 
 
+@quiet
 def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_state: Array) -> tuple[Array, ...]:
     """With a the gradient of s': a = w_out*dy + ds', dx = w_in*a, ds = d*a; see the reference's vjp."""
     x, state, weight, bias, decay, mode, index = residuals.args

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from srm_backends.numpy.recurrence import Array, compute_dtype, linear_recurrence
+from srm_backends.numpy.recurrence import Array, compute_dtype, linear_recurrence, quiet
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.common import sum_to, valid_steps
 
 
+@quiet
 def forward(
     ctx: LaunchContext, gates: Array, tokens: Array | None = None, initial_state: Array | None = None,
     *, reverse: bool = False, lengths: Array | None = None,
@@ -46,6 +47,7 @@ def forward(
     return y, final
 
 
+@quiet
 def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_final: Array) -> tuple[Any, ...]:
     """a_t = dy_t + g_{t+1} a_{t+1}: the same recurrence against time. dx_t = a_t, dg_t = a_t y_{t-1}."""
     gates, tokens, initial_state = residuals.args

@@ -12,6 +12,9 @@ from srm_core.contract import Call
 from srm_core.registry import registry
 from srm_core.spec import OpSpec
 
+# NaN and infinity are results like others, also float64 past the range of a half type: none is warned of.
+quiet = np.errstate(over="ignore", invalid="ignore", under="ignore")
+
 
 class ReferenceKernel:
     """Computes in float64 and rounds once, to the dtypes that the specification gives the outputs."""
@@ -19,6 +22,7 @@ class ReferenceKernel:
     def __init__(self, spec: OpSpec) -> None:
         self.spec = spec
 
+    @quiet
     def __call__(self, ctx: LaunchContext, *args: Any, **options: Any) -> Any:
         call = Call(self.spec, args, options)
         results = self.spec.reference(np.float64, *args, **options)
@@ -28,6 +32,7 @@ class ReferenceKernel:
             call.values[name][...] = after
         return outputs if count > 1 else outputs[0]
 
+    @quiet
     def vjp(self, ctx: LaunchContext, residuals: Residuals, *grads: Any) -> tuple[Any, ...]:
         if self.spec.vjp is None:
             raise NotImplementedError(f"{self.spec.name} has no vector-Jacobian product")
@@ -41,8 +46,7 @@ class ReferenceKernel:
 
 def _rounded(ctx: LaunchContext, result: Any, dtype: str) -> Any:
     out = ctx.empty(result.shape, dtype)
-    with np.errstate(over="ignore"):  # float64 past the range of a half type is infinity, as it should be
-        out[...] = result
+    out[...] = result
     return out
 
 

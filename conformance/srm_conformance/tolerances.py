@@ -1,0 +1,341 @@
+"""Numbers that count as right: an array is judged by what honest rounding would have cost.
+
+*Truth* is the operator's reference in float64 on the rounded inputs. Where an input is float64 it is the
+reference in `numpy.longdouble`, because a float64 result cannot be judged by a float64 truth.
+
+*The rounding model* is the same reference in float32 (float64 for float64 inputs) with its results rounded to
+the dtypes that the specification gives them: rounded inputs, float32 arithmetic, rounded outputs.
+
+An array is measured in two ways against the truth, for a few wrong elements hide in a norm, and an error spread
+over all elements hides in a maximum:
+
+- `frobenius_error`: the norm of the difference over the norm of the truth;
+- `row_error`: the largest difference over the largest magnitude in its last-axis row of the truth.
+
+Each may be at most ``max(4 eps, k * the same measure of the rounding model)``, eps that of the array's dtype,
+k = 2 for outputs and 3 for gradients. So a half type may be rounded once at the end, but not at every step.
+
+NaN and infinity must stand where the rounded truth has them, with the same sign, or where the rounding model
+has them: past the range of float32 a kernel cannot do better than float32 arithmetic does. An element that is
+not finite on one side takes no part in the two measures. A half type overflows where its rounded truth does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from srm_core.contract import Call
+from srm_core.spec import Invariant, OpSpec
+
+Array = npt.NDArray[Any]
+Measure = Literal["form", "non-finite", "frobenius", "row"]
+Worst = tuple[float, tuple[int, ...]]  # an error, and the index of the element that is to blame
+
+FORWARD, BACKWARD = 2, 3  # k: how many times the error of the rounding model
+LEAST = 4  # eps that are allowed anyway: the rounding model may be lucky
+_finfo: Callable[[str], Any] = ml_dtypes.finfo  # NumPy's knows no bfloat16
+EXTENDED = bool(np.finfo(np.longdouble).eps < np.finfo(np.float64).eps)  # not so on Windows and Apple silicon
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One array by one measure.
+
+    what: "y", "gradient of x", "state after the call". measure: "form" (an array of this shape and dtype at all),
+    "non-finite" (error: how many elements have NaN or infinity in the wrong place), "frobenius" or "row".
+    derived: how `allowed` came about. index, got, expected: the worst element, or the form.
+    """
+
+    what: str
+    measure: Measure
+    error: float
+    allowed: float
+    derived: str
+    got: str
+    expected: str
+    index: tuple[int, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+    @property
+    def ratio(self) -> float:
+        """error / allowed: at most 1 if right."""
+        return self.error / self.allowed if self.allowed else (np.inf if self.error else 0.0)
+
+    def __str__(self) -> str:
+        sign = "<=" if self.ok else ">"
+        at = f"; worst at {list(self.index)}: got {self.got}, expected {self.expected}" if self.index else ""
+        match self.measure:
+            case "form":
+                return f"{self.what}: got {self.got}, expected {self.expected}"
+            case "non-finite":
+                return f"{self.what}: {self.error:.0f} elements with NaN or infinity out of place{at}"
+        name = {"frobenius": "Frobenius", "row": "row"}[self.measure]
+        return f"{self.what}: {name} error {self.error:.3g} {sign} {self.allowed:.3g} = {self.derived}{at}"
+
+
+def judge_forward(
+    spec: OpSpec, args: Sequence[Any], options: Mapping[str, Any], outputs: Sequence[Array],
+    mutated: Sequence[Array] = (),
+) -> list[Judgement]:  # fmt: skip
+    """Judge what a call returned. Everything is a NumPy array.
+
+    args, options: as they were before the call. outputs: in the order of `spec.outputs`, also a single one as a
+    sequence. mutated: the arguments `spec.mutates` as they are after the call.
+    """
+    call = _Canonical(spec, args, options)
+    names = [*(o.name for o in spec.outputs), *(f"{n} after the call" for n in spec.mutates)]
+    dtypes = [*call.checked.output_dtypes(), *(call.checked.dtypes[n] for n in spec.mutates)]
+    return _judge(call.standards(spec.reference, (), names, dtypes), [*outputs, *mutated], FORWARD)
+
+
+def judge_vjp(
+    spec: OpSpec, args: Sequence[Any], options: Mapping[str, Any], grads: Sequence[Array],
+    gradients: Sequence[Array | None],
+) -> list[Judgement]:  # fmt: skip
+    """Judge the gradients of the inputs that came from the gradients `grads` of the outputs.
+
+    gradients: in the order of `spec.differentiable`, None where the argument was not given.
+    """
+    if spec.vjp is None:
+        raise ValueError(f"{spec.name} has no vector-Jacobian product")
+    call = _Canonical(spec, args, options)
+    names = [f"gradient of {n}" for n in spec.differentiable]
+    dtypes = [call.checked.dtypes.get(n, "float32") for n in spec.differentiable]
+    return _judge(call.standards(spec.vjp, (tuple(grads),), names, dtypes), list(gradients), BACKWARD)
+
+
+def judge_invariant(
+    spec: OpSpec, invariant: Invariant, call: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+) -> list[Judgement]:
+    """Judge a law between calls, `call` being the operator on the backend under test.
+
+    Both sides of a law may be wrong by what an output may be wrong by. So a side may differ from the other by
+    the sum of what `judge_forward` would allow each, with the rounding model put through the same law.
+    """
+    known = _Canonical(spec, args, options)
+    truths = invariant.pairs(_reference_call(spec, known.truth), *known.cast(known.truth))
+    models = invariant.pairs(_reference_call(spec, known.model, rounded=True), *known.cast(None))
+    judgements: list[Judgement] = []
+    for (what, got, expected), (_, *model), (_, *truth) in zip(
+        invariant.pairs(call, *known.cast(None)), models, truths, strict=True
+    ):
+        sides = [_Standard.of(what, m.dtype.name, t, m) for m, t in zip(model, truth, strict=True)]
+        law = _Standard(
+            f"{invariant.name}: {what}", expected.dtype.name, expected.astype(known.truth), expected,
+            tuple(max(e) for e in zip(*(s.model_errors for s in sides), strict=True)),
+        )  # fmt: skip
+        judgements += law.judge(got, FORWARD, times=2)
+    return judgements
+
+
+def frobenius_error(got: Array, truth: Array, floor: float = 0.0) -> Worst:
+    """The norm of got - truth over the norm of truth, and where they differ most.
+
+    floor: the least root mean square that truth is taken to have, so that zeros can be judged. 0 for an empty
+    array. Elements that are not finite on one side count as 0.
+    """
+    difference, size = _finite_parts(got, truth)
+    if not difference.size:
+        return 0.0, ()
+    peak = max(difference.max(), size.max(), floor)  # keeps squares in range
+    if not peak:
+        return 0.0, (0,) * difference.ndim
+    norm = np.sqrt(((size / peak) ** 2).sum())
+    error = np.sqrt(((difference / peak) ** 2).sum())
+    return float(error / max(norm, floor / peak * np.sqrt(difference.size))), _where_largest(difference)
+
+
+def row_error(got: Array, truth: Array, floor: float = 0.0) -> Worst:
+    """The largest |got - truth| over the largest |truth| in its last-axis row, and where.
+
+    floor: the least magnitude a row is taken to have, so that a row of zeros can be judged. A scalar is a row
+    of one. 0 for an empty array. Elements that are not finite on one side count as 0.
+    """
+    difference, size = _finite_parts(got, truth)
+    if not difference.size:
+        return 0.0, ()
+    rows = np.maximum(size.max(axis=-1, keepdims=True), floor)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scaled = np.where(difference == 0, 0, difference / rows)
+    where = _where_largest(scaled)
+    return float(scaled[where]), where
+
+
+@dataclass(frozen=True)
+class _Standard:
+    """What an array is held against. model_errors: (Frobenius, row) error of the rounding model."""
+
+    what: str
+    dtype: str
+    truth: Array | None
+    model: Array | None
+    model_errors: tuple[float, ...]
+
+    @classmethod
+    def of(cls, what: str, dtype: str, truth: Array | None, model: Array | None, scale: float = 1.0) -> _Standard:
+        if truth is None or model is None:
+            return cls(what, dtype, None, None, (0.0, 0.0))
+        return cls(what, dtype, truth, model, tuple(scale * e for e, _ in _measures(model, truth, dtype)))
+
+    def judge(self, got: Any, k: int, times: int = 1) -> list[Judgement]:
+        form, expected = _form(got), "None" if self.truth is None else f"{self.dtype} {np.shape(self.truth)}"
+        if form != expected:
+            return [Judgement(self.what, "form", np.inf, 0.0, "the specification", form, expected)]
+        if self.truth is None or self.model is None:
+            return []
+        rounded = _round(self.truth, self.dtype)
+        kinds = _kinds(got)
+        wrong = (kinds != _kinds(rounded)) & (kinds != _kinds(self.model))
+        judgements = [self._judgement("non-finite", (float(wrong.sum()), _where_largest(wrong)), 0.0, "", got, rounded)]
+        eps = _eps(self.dtype)
+        for measure, worst, of_model in zip(
+            ("frobenius", "row"), _measures(got, self.truth, self.dtype), self.model_errors, strict=True
+        ):
+            if k * of_model > LEAST * eps:
+                allowed, derived = k * of_model, f"{k} x {of_model:.3g} of the rounding model"
+            else:
+                allowed, derived = LEAST * eps, f"{LEAST} eps of {self.dtype}"
+            derived = f"{times} x ({derived})" if times > 1 else derived
+            judgements.append(self._judgement(measure, worst, times * allowed, derived, got, rounded))  # type: ignore[arg-type]
+        return judgements
+
+    def _judgement(
+        self, measure: Measure, worst: Worst, allowed: float, derived: str, got: Array, expected: Array
+    ) -> Judgement:
+        error, index = worst
+        shown = (f"{got.reshape(got.shape or 1)[index]}", f"{expected.reshape(got.shape or 1)[index]}")
+        return Judgement(self.what, measure, error, allowed, derived, *(shown if index else ("", "")), index)
+
+
+class _Canonical:
+    """A checked call in canonical form, and the dtypes in which its truth and its rounding model are computed."""
+
+    def __init__(self, spec: OpSpec, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+        self.args, self.options = spec.bind(args, options)
+        self.checked = Call(spec, self.args, self.options)
+        wide = "float64" in self.checked.dtypes.values()
+        self.truth: Any = np.longdouble if wide else np.float64
+        self.model: Any = np.float64 if wide else np.float32
+
+    def cast(self, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as copies, floating ones in another dtype."""
+
+        def one(value: Any) -> Any:
+            if not isinstance(value, np.ndarray):
+                return value
+            return value.copy() if dtype is None or value.dtype.kind in "iu" else value.astype(dtype)
+
+        return tuple(map(one, self.args)), {k: one(v) for k, v in self.options.items()}
+
+    def standards(
+        self, function: Callable[..., Any], leading: tuple[Any, ...], names: list[str], dtypes: list[str]
+    ) -> Iterator[_Standard]:
+        """One for each result of `function(compute, *leading, *args, **options)`."""
+
+        def run(compute: Any, args: Any, options: Any) -> Any:
+            with np.errstate(all="ignore"):
+                return function(compute, *leading, *args, **options)
+
+        truths, models = run(self.truth, *self.cast(None)), run(self.model, *self.cast(None))
+        models = [None if m is None else _round(m, d) for m, d in zip(models, dtypes, strict=True)]
+        if self.truth is not np.longdouble or EXTENDED:
+            for name, dtype, truth, model in zip(names, dtypes, truths, models, strict=True):
+                yield _Standard.of(name, dtype, truth, model)
+            return
+        # No truth beyond float64: what float32 arithmetic loses on float32 inputs, scaled to float64's eps.
+        small = self.cast(np.float32)
+        scale = _eps("float64") / _eps("float32")
+        for name, dtype, truth, model, t, m in zip(
+            names, dtypes, truths, models, run(np.float64, *small), run(np.float32, *small), strict=True
+        ):
+            of_model = _Standard.of(name, "float32", t, m, scale).model_errors
+            yield _Standard(name, dtype, truth, model, of_model)
+
+
+def _reference_call(spec: OpSpec, compute: Any, rounded: bool = False) -> Callable[..., Any]:
+    """The operator in the dtype `compute`, called, and mutating, as its public function is."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        bound, named = spec.bind(args, options)
+        with np.errstate(all="ignore"):
+            results = spec.reference(compute, *bound, **named)
+        count = len(spec.outputs)
+        outputs = results[:count]
+        if rounded:
+            dtypes = Call(spec, bound, named).output_dtypes()
+            outputs = tuple(_round(r, d) for r, d in zip(outputs, dtypes, strict=True))
+        values = {**dict(zip((p.name for p in spec.parameters), bound, strict=False)), **named}
+        for name, after in zip(spec.mutates, results[count:], strict=True):
+            with np.errstate(all="ignore"):
+                values[name][...] = after
+        return outputs if count > 1 else outputs[0]
+
+    return call
+
+
+def _judge(standards: Iterator[_Standard], arrays: Sequence[Any], k: int) -> list[Judgement]:
+    judgements: list[Judgement] = []
+    count = 0
+    for standard, got in zip_longest(standards, arrays):
+        if standard is not None:
+            count += 1
+            judgements += standard.judge(got, k)
+    if len(arrays) != count:
+        derived, n = "the specification", str(len(arrays))
+        judgements.append(Judgement("number of results", "form", np.inf, 0.0, derived, n, str(count)))
+    return judgements
+
+
+def _measures(got: Array, truth: Array, dtype: str) -> tuple[Worst, Worst]:
+    """Both errors. Below the smallest normal number the spacing no longer shrinks: it is the floor."""
+    floor = float(_finfo(dtype).smallest_normal)
+    within = np.where(np.isfinite(_round(truth, dtype)), truth, truth.dtype.type(np.nan))
+    return frobenius_error(got, within, floor), row_error(got, within, floor)
+
+
+def _finite_parts(got: Array, truth: Array) -> tuple[Array, Array]:
+    """(|got - truth|, |truth|), 0 where they are not finite."""
+    got, truth = np.atleast_1d(got).astype(truth.dtype), np.atleast_1d(truth)
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.where(np.isfinite(got) & np.isfinite(truth), np.abs(got - truth), 0)
+    return difference, np.where(np.isfinite(truth), np.abs(truth), 0)
+
+
+def _where_largest(values: Array) -> tuple[int, ...]:
+    values = np.atleast_1d(values)
+    if not values.size:
+        return ()
+    return tuple(int(i) for i in np.unravel_index(int(values.argmax()), values.shape))
+
+
+def _kinds(values: Array) -> Array:
+    """0 finite, 1 infinity, -1 minus infinity, 2 NaN."""
+    wide = values.astype(np.longdouble)
+    return np.where(np.isnan(wide), 2, np.where(np.isinf(wide), np.sign(wide), 0))
+
+
+def _round(values: Array, dtype: str) -> Array:
+    with np.errstate(all="ignore"):
+        return values.astype(dtype)
+
+
+def _eps(dtype: str) -> float:
+    return float(_finfo(dtype).eps)
+
+
+def _form(value: Any) -> str:
+    if value is None:
+        return "None"
+    if not isinstance(value, np.ndarray):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype.name} {value.shape}"
