@@ -237,6 +237,7 @@ def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
         "_announce": _announce, "_passed": PASSED, "_kernel_error": _kernel_error,
         "_strides": _strides, "_device": _device, "_ndarray": np.ndarray,
     }  # fmt: skip
+    logger.debug("%s: compiled its call path; strides are in the key: %s", operator.spec.name, layout)
     exec(compile(source, f"<call path of {operator.spec.name}>", "exec"), scope)
     run: Callable[..., Any] = scope["run"]
     return run

@@ -55,19 +55,22 @@ class Environ:
 def environ() -> Iterator[Environ]:
     """No SRM_ variable is set but by the test."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in os.environ:
-            if name.startswith("SRM_"):
-                patch.delenv(name)
-        srm_core.reload_config()
+        _clear(patch)
         yield Environ(patch)
+        _clear(patch)
+
+
+def _clear(patch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("SRM_")]:
+        patch.delenv(name)
     srm_core.reload_config()
 
 
 class Plugins:
     """Writes plugins as installed distributions onto sys.path."""
 
-    def __init__(self, environ: Environ, folder: Path) -> None:
-        self.environ, self.folder = environ, folder
+    def __init__(self, environ: Environ, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.environ, self.folder, self.patch = environ, folder, patch
         self.modules: list[str] = []
 
     def write(self, module: str, source: str, *, entry: str = "", target: str = "", distribution: str = "") -> None:
@@ -78,7 +81,7 @@ class Plugins:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[srm_core.backends]\n{entry or module} = {target or module}\n")
         (root / f"{module}.py").write_text(HEADER + textwrap.dedent(source))
-        self.environ.patch.syspath_prepend(str(root))
+        self.patch.syspath_prepend(str(root))
         self.modules.append(module)
 
     def __call__(self, module: str, source: str, **names: str) -> ModuleType | None:
@@ -97,8 +100,9 @@ class Plugins:
 @pytest.fixture
 def plugin(environ: Environ, tmp_path: Path) -> Iterator[Plugins]:
     """`plugin(module, source)` installs a plugin for one test; `environ` reads the registry again afterwards."""
-    plugins = Plugins(environ, tmp_path / "plugins")
-    yield plugins
+    with pytest.MonkeyPatch.context() as patch:
+        plugins = Plugins(environ, tmp_path / "plugins", patch)
+        yield plugins
     for module in plugins.modules:
         sys.modules.pop(module, None)
     importlib.invalidate_caches()

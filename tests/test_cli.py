@@ -188,3 +188,15 @@ def test_help_says_what_happens_at_the_window():
 
 def test_plain_text_when_not_a_terminal():
     assert "\x1b" not in srm("backends").stdout + srm("report").stdout
+
+
+@pytest.mark.parametrize("command", [["backends"], ["generate", "--tokens", "2"], ["report"]], ids=lambda c: c[0])
+def test_imports_no_other_array_library(command):
+    """Neither listing nor writing text on NumPy loads torch, triton or cupy, installed or not."""
+    code = (
+        "import sys\nfrom srm_core.cli import main\n"
+        f"try: main({command})\nexcept SystemExit as end: assert not end.code, end\n"
+        "print('heavy:', sorted({'torch', 'triton', 'cupy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "heavy: []"

@@ -849,7 +849,7 @@ def test_torch_vjp(torch: Any, dtype: str) -> None:
         np.testing.assert_array_equal(bits(got), want)
     with pytest.raises(srm_core.ContractError, match="gradient of y: found ndarray; required torch"):
         pullback_t(np.ones_like(y), None)
-    with pytest.raises(srm_core.ContractError, match="gradient of y: found .* on meta; required .* on cpu"):
+    with pytest.raises(srm_core.ContractError, match=r"gradient of y: found .* on meta; required .* on cpu"):
         pullback_t(torch.ones_like(y_t, device="meta"), None)
     with pytest.raises(srm_core.ContractError, match="requires grad"):
         pullback_t(torch.ones_like(y_t).requires_grad_(), None)

@@ -39,6 +39,8 @@ Measure = Literal["form", "non-finite", "frobenius", "row"]
 Worst = tuple[float, tuple[int, ...]]  # an error, and the index of the element that is to blame
 
 FORWARD, BACKWARD = 2, 3  # k: how many times the error of the rounding model
+import os
+NEIGHBOURS = int(os.environ.get("NB", "2"))
 LEAST = 4  # eps that are allowed anyway: the rounding model may be lucky
 _finfo: Callable[[str], Any] = ml_dtypes.finfo  # NumPy's knows no bfloat16
 EXTENDED = bool(np.finfo(np.longdouble).eps < np.finfo(np.float64).eps)  # not so on Windows and Apple silicon
@@ -246,20 +248,33 @@ class _Canonical:
             with np.errstate(all="ignore"):
                 return function(compute, *leading, *args, **options)
 
-        truths, models = run(self.truth, *self.cast(None)), run(self.model, *self.cast(None))
-        models = [None if m is None else _round(m, d) for m, d in zip(models, dtypes, strict=True)]
-        if self.truth is not np.longdouble or EXTENDED:
-            for name, dtype, truth, model in zip(names, dtypes, truths, models, strict=True):
-                yield _Standard.of(name, dtype, truth, model)
-            return
-        # No truth beyond float64: what float32 arithmetic loses on float32 inputs, scaled to float64's eps.
-        small = self.cast(np.float32)
-        scale = _eps("float64") / _eps("float32")
-        for name, dtype, truth, model, t, m in zip(
-            names, dtypes, truths, models, run(np.float64, *small), run(np.float32, *small), strict=True
-        ):
-            of_model = _Standard.of(name, "float32", t, m, scale).model_errors
-            yield _Standard(name, dtype, truth, model, of_model)
+        def errors(truths: Any, models: Any, dtypes: list[str]) -> Array:
+            found = zip(truths, models, dtypes, strict=True)
+            return np.array([(0, 0) if t is None else [e for e, _ in _measures(_round(m, d), t, d)] for t, m, d in found])
+
+        own = self.cast(None)
+        truths, models = run(self.truth, *own), run(self.model, *own)
+        narrow = self.truth is np.longdouble and not EXTENDED
+        if narrow:
+            # No truth beyond float64: what float32 arithmetic loses on float32 inputs, scaled to float64's eps.
+            pass
+        worst = errors(truths, models, dtypes)
+        for seed in range(NEIGHBOURS):
+            near = self.neighbour(seed)
+            worst = np.maximum(worst, errors(run(self.truth, *near), run(self.model, *near), dtypes))
+        for name, dtype, truth, model, e in zip(names, dtypes, truths, models, worst, strict=True):
+            yield _Standard(name, dtype, truth, None if model is None else _round(model, dtype), tuple(e))
+
+    def neighbour(self, seed: int):
+        rng = np.random.default_rng(seed)
+
+        def one(value: Any) -> Any:
+            if not isinstance(value, np.ndarray) or value.dtype.kind in "iu":
+                return value
+            reach = (1 if value.dtype.itemsize == 2 else 4) * _eps(value.dtype.name)
+            return (value * (1 + reach * rng.uniform(-1, 1, value.shape))).astype(value.dtype)
+
+        return tuple(map(one, self.args)), {k: one(v) for k, v in self.options.items()}
 
 
 def _reference_call(spec: OpSpec, compute: Any, rounded: bool = False) -> Callable[..., Any]:

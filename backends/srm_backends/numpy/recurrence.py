@@ -8,6 +8,7 @@ and its end from zero E), then, after the N states between the blocks are known,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from itertools import repeat
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+logger = logging.getLogger(__name__)
 
 CHUNK = 32  # steps made contiguous at once: 2 * 32 rows stay in the cache, and one copy serves many steps
 BLOCK = 32  # steps in a block
@@ -41,11 +43,10 @@ def linear_recurrence(gates: Array, tokens: Array | None, state: Array, out: Arr
     batch, steps, width = out.shape
     if steps == 0 or out.size == 0:
         return state.copy()
-    if batch * width <= ROW and steps >= STEPS:
-        last = _blocked(gates, tokens, state, out)
-        if last is not None:
-            return last
-    return _serial(gates, tokens, state, out)
+    last = _blocked(gates, tokens, state, out) if batch * width <= ROW and steps >= STEPS else None
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("recurrence (B, T, C) = %s: %s", out.shape, "serial" if last is None else "blocked")
+    return _serial(gates, tokens, state, out) if last is None else last
 
 
 def _serial(gates: Array, tokens: Array | None, state: Array, out: Array) -> Array:
