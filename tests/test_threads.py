@@ -157,7 +157,7 @@ def test_reload_among_calls(arrays: Any) -> None:
 
     def work(i: int) -> None:
         if i == 0:
-            for _ in range(15):
+            for _ in range(8):
                 srm_core.reload_config()
             done.set()
             return
