@@ -95,7 +95,9 @@ class _Torch:
         return str(x.device.type)
 
     def device_key(self, x: Any) -> Any:
-        return x.device
+        # What `refuse` looks at is part of the key, so that a hit cannot accept what a miss refuses.
+        torch = sys.modules["torch"]
+        return x.device, x.requires_grad and torch.is_grad_enabled(), x.layout, x.is_conj(), x.is_neg()
 
     def strides(self, x: Any) -> tuple[float, ...]:
         return tuple(x.stride())

@@ -335,7 +335,7 @@ def _why_not(found: Registry, entry: Entry | None, call: Call, state: State, gra
         )  # fmt: skip
     if state.deterministic and not kernel.deterministic:
         reasons.append(Reason("nondeterministic", "is not deterministic, which srm_core.deterministic() asks for"))
-    if gradients and kernel.backward is None:
+    if gradients and kernel.backward in (None, "autograd"):
         reasons.append(Reason("no-backward", "has no backward"))
     yield from reasons
     runnable = found.runnable(entry.backend, entry.plugin)
@@ -377,7 +377,7 @@ class Bridge:
     def inward(self, name: str, value: Any) -> Any:
         if library_of(value) != self.caller:
             return value
-        why = LIBRARIES[self.caller].refuse(value)  # requires_grad and the like are not in the memo key
+        why = LIBRARIES[self.caller].refuse(value)  # gradients given to a pullback have not been through `Call`
         if why:
             raise ContractError(
                 self.op, str(name), why, "a plain array",
@@ -541,7 +541,8 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
 
     `pullback(*grad_outputs)` takes one array an output (None: zeros), of its shape and dtype, and returns one
     array for each differentiable tensor parameter in the order of the signature (`spec.differentiable`), None
-    where the argument was not given.
+    where the argument was not given. The arguments and outputs are kept, not copied: do not write to them before
+    the pullback.
     Errors: as a call; `NoBackendError` if no candidate has a backward.
     """
     path = operator(op)

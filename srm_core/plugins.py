@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from srm_core import hookspecs
 from srm_core.config import AUTO
-from srm_core.errors import PluginError
+from srm_core.errors import PluginError, UnknownNameError
 from srm_core.spec import API_VERSION, BackendInfo, Feature, Kernel, OpSpec
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,11 @@ class PluginSet:
         self.plugins: list[Plugin] = []
         self.quarantined: list[Quarantined] = []
         self.blocked: list[str] = []
+        entries = entry_points(group=GROUP)
+        for name in sorted(blocked - set(entries.names)):
+            raise UnknownNameError("plugin", name, entries.names, source="SRM_BLOCK")
         # Built-in plugins first, so that a stranger cannot take one of their names.
-        for entry in sorted(entry_points(group=GROUP), key=lambda e: (_distribution(e) != BUILT_IN, e.name)):
+        for entry in sorted(entries, key=lambda e: (_distribution(e) != BUILT_IN, e.name)):
             if entry.name in blocked:
                 self.blocked.append(entry.name)
                 continue

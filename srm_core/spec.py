@@ -39,8 +39,8 @@ class Reason:
 class TensorSpec:
     """A tensor parameter. `axes` are alternatives such as ("B T D", "B T 1"); numbers are literal extents.
 
-    The role fixes the dtypes: the first activation given sets the call's dtype; parameters and states may be
-    float32 beside a half-precision activation; integers are int32 or int64.
+    The role fixes the dtypes: the first tensor given, in `shape_order`, sets the call's dtype; parameters and
+    states may be float32 beside a half-precision activation; integers are int32 or int64.
     """
 
     name: str
@@ -215,6 +215,10 @@ class OpSpec:
         except TypeError as error:
             raise TypeError(f"{self.name}{self.signature}: {error}") from None
         bound.apply_defaults()
+        for p in self.parameters:
+            # What is keyed by value must be hashable; a list of words means the same as a tuple of them.
+            if isinstance(p, OptionSpec) and isinstance(bound.arguments[p.name], list):
+                bound.arguments[p.name] = tuple(bound.arguments[p.name])
         return bound.args, bound.kwargs
 
 

@@ -207,9 +207,15 @@ def test_empty_is_unset(environ: Any, arrays: Any, empty: str) -> None:
 
 def test_block_list(environ: Any, arrays: Any) -> None:
     """SRM_BLOCK takes a comma list and forgives empty names."""
-    environ(SRM_BLOCK=" numpy ,, nobody")
+    environ(SRM_BLOCK=" numpy ,, ")
     assert srm_core.list_backends().blocked == ("numpy",)
     assert chosen(arrays) == ("reference", "default")
+
+
+def test_block_of_nobody(environ: Any) -> None:
+    """A misspelt name would leave the plugin in that was to be kept out."""
+    with pytest.raises(srm_core.UnknownNameError, match="SRM_BLOCK: no plugin is called 'nunpy'.*did you mean 'numpy'"):
+        environ(SRM_BLOCK="nunpy")
 
 
 def test_trace_must_be_writable(environ: Any, tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from srm_core.arrays import library_of
 from srm_core.contract import as_index, check_lengths
 from srm_core.errors import ContractError
 from srm_core.ops.recurrent_mix import cases
@@ -24,7 +23,7 @@ def _check_values(
     *, start: Any, lengths: Any,
 ) -> None:  # fmt: skip
     last = dims["L"] - dims["T"]
-    if isinstance(start, int | np.integer) and not 0 <= start <= last:
+    if library_of(start) is None and not 0 <= as_index("recurrent_mix", "start", start) <= last:
         raise ContractError(
             "recurrent_mix", "start", f"positions {start} to {start + dims['T'] - 1}",
             f"positions 0 to {dims['L'] - 1}, which the weights have",

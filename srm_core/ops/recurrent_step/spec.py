@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from srm_core.arrays import library_of
 from srm_core.contract import as_index, check_modes
 from srm_core.errors import ContractError
 from srm_core.ops.recurrent_step import cases
@@ -27,7 +26,7 @@ def check_index(name: str, value: Any, dims: Mapping[str, int]) -> None:
 
 def check_range(op: str, param: str, value: Any, last: int) -> None:
     """0 <= value <= last for a host integer; an array's values are the kernel's to judge."""
-    if isinstance(value, int | np.integer) and not 0 <= value <= last:
+    if library_of(value) is None and not 0 <= as_index(op, param, value) <= last:
         raise ContractError(op, param, f"{value}", f"0 <= {param} <= {last}: the weights have {last + 1} positions")
 
 
