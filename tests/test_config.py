@@ -214,7 +214,7 @@ def test_block_list(environ: Any, arrays: Any) -> None:
 
 def test_block_of_nobody(environ: Any) -> None:
     """A misspelt name would leave the plugin in that was to be kept out."""
-    with pytest.raises(srm_core.UnknownNameError, match="SRM_BLOCK: no plugin is called 'nunpy'.*did you mean 'numpy'"):
+    with pytest.raises(srm_core.UnknownNameError, match=r"SRM_BLOCK: no plugin is called 'nunpy'.*mean 'numpy'"):
         environ(SRM_BLOCK="nunpy")
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from srm_core import CheckpointError, ContractError, SequenceLengthError, VocabularyError
+from srm_core import CheckpointError, ContractError, SequenceLengthError, VocabularyError, use_backend
 from srm_core.models import MixerConfig, RecurrentMixer, Vocabulary
 from srm_core.models.mixer import SHIPPED
 from srm_core.models.sampling import sample, uniform
@@ -122,6 +122,11 @@ class TestGenerate:
         alone = [self.model.generate([p], 60, seed=5, sequences=[i])[0] for i, p in enumerate(self.prompts)]
         assert together == alone
         assert len(set(together)) == 3
+
+    def test_text_does_not_depend_on_the_backend(self):
+        expected = self.model.generate(self.prompts, 25, seed=5)
+        with use_backend("reference"):
+            assert self.model.generate(self.prompts, 25, seed=5) == expected
 
     def test_same_prompt_gets_different_texts(self):
         assert len(set(self.model.generate(["The "] * 4, 30, seed=1))) == 4
@@ -286,6 +291,9 @@ class TestFiles:
             RecurrentMixer.load(saved[0](metadata={}))
         with pytest.raises(CheckpointError, match="are no JSON"):
             RecurrentMixer.load(saved[0](metadata={"config": "{"}))
+        for metadata in ({"config": "[1]"}, {"config": "{}", "vocabulary": "7"}):
+            with pytest.raises(CheckpointError, match="need a JSON object 'config' and a string 'vocabulary'"):
+                RecurrentMixer.load(saved[0](metadata=metadata))
 
     def test_missing_key(self, saved):
         save, state_dict, _, _ = saved

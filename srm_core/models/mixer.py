@@ -13,7 +13,7 @@ import numpy as np
 
 from srm_core.arrays import library_of, torch_to_numpy
 from srm_core.dispatch import Decision, explain
-from srm_core.errors import CheckpointError, ContractError, SequenceLengthError, VocabularyError
+from srm_core.errors import CheckpointError, ConfigError, ContractError, SequenceLengthError, VocabularyError
 from srm_core.models import mixing
 from srm_core.models.checkpoint import Parameters, read_safetensors
 from srm_core.models.config import MixerConfig
@@ -66,7 +66,10 @@ class RecurrentMixer:
     ) -> None:  # fmt: skip
         self.config, self.library, self.dtype, self.device = config, library, dtype, device
         self.vocabulary = vocabulary
-        self._xp = importlib.import_module(f"array_api_compat.{library}")
+        try:
+            self._xp = importlib.import_module(f"array_api_compat.{library}")
+        except ImportError as error:
+            raise ConfigError(f"library={library!r}: {library} cannot be imported: {error}") from error
         self._embedding = self._array(embedding)
         self._output = self._array(output)
         self._blocks = [self._placed(block) for block in blocks]
@@ -89,6 +92,8 @@ class RecurrentMixer:
             raise CheckpointError(f"{path}: its metadata have no 'config'; use from_state_dict with one") from None
         except ValueError as error:
             raise CheckpointError(f"{path}: its metadata are no JSON: {error}") from None
+        if not isinstance(config, dict) or not isinstance(characters, str | None):
+            raise CheckpointError(f"{path}: its metadata need a JSON object 'config' and a string 'vocabulary'")
         vocabulary = None if characters is None else Vocabulary(characters)
         try:
             return cls.from_state_dict(
