@@ -8,7 +8,8 @@ Choose a backend with SRM_BACKEND, with `use_backend(...)`, or with `backend=`.
 from __future__ import annotations
 
 from srm_core.config import deterministic, precision, use_backend
-from srm_core.dispatch import Decision, bind, call, explain, vjp
+from srm_core.decision import Decision
+from srm_core.dispatch import bind, call, explain
 from srm_core.errors import (
     CheckpointError,
     ConfigError,
@@ -22,6 +23,7 @@ from srm_core.errors import (
     UnknownNameError,
     VocabularyError,
 )
+from srm_core.gradients import vjp
 from srm_core.hookspecs import hookimpl
 from srm_core.listing import list_backends, report
 from srm_core.ops.recurrent_mix import recurrent_mix

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from srm_core.dispatch import Decision
+    from srm_core.decision import Decision
     from srm_core.spec import BackendInfo, OpSpec, Reason
 
 PROJECT = "srm"

@@ -51,7 +51,7 @@ def test_hit_decides_nothing(arrays: Any, decisions: list[Any], monkeypatch: pyt
     def fail(*args: Any, **options: Any) -> None:
         raise AssertionError("decided again")
 
-    for name in ("decide", "Call", "registry", "resolve", "describe"):
+    for name in ("decide", "Call", "registry", "resolve", "trace"):
         monkeypatch.setattr(dispatch, name, fail)
     y, _ = srm_core.scan(*(a.copy() for a in arrays))
     np.testing.assert_array_equal(y, expected)

@@ -218,7 +218,7 @@ class _Standard:
         self, measure: Measure, worst: Worst, allowed: float, derived: str, got: Array, expected: Array
     ) -> Judgement:
         error, index = worst
-        shown = (f"{got.reshape(got.shape or 1)[index]}", f"{expected.reshape(got.shape or 1)[index]}")
+        shown = (str(np.atleast_1d(got)[index]), str(np.atleast_1d(expected)[index]))
         return Judgement(self.what, measure, error, allowed, derived, *(shown if index else ("", "")), index)
 
 

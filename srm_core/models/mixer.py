@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from srm_core.arrays import library_of, torch_to_numpy
-from srm_core.dispatch import Decision, explain
+from srm_core.decision import Decision
+from srm_core.dispatch import explain
 from srm_core.errors import CheckpointError, ConfigError, ContractError, SequenceLengthError, VocabularyError
 from srm_core.models import mixing
 from srm_core.models.checkpoint import Parameters, read_safetensors
