@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (the dtype name "bfloat16")
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -126,7 +126,7 @@ def test_a_gradient_left_out_is_zero(op: str, backend: str) -> None:
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @each_case
 @each_backend
 def test_invariants(spec: OpSpec, case: Case, dtype: str, backend: str) -> None:
@@ -208,6 +208,14 @@ def relaid(one: Run, change: Callable[[np.ndarray], np.ndarray], keep: tuple[str
     return Run(one.spec, args, {n: values[n] for n in one.options}, one.backend)
 
 
+def assert_same_gradients(one: Run, plain: Run, dtype: str) -> None:
+    """But for the order of sums, which NumPy chooses by the layout."""
+    allowed = 16 * float(ml_dtypes.finfo(dtype).eps)
+    for got, expected in zip(one.backward()[1], plain.backward()[1], strict=True):
+        if expected is not None:
+            assert tolerances.row_error(got, expected.astype("float64"))[0] <= allowed
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("spec", "case"), LAID_OUT)
@@ -221,7 +229,7 @@ def test_layouts(spec: OpSpec, case: Case, layout: Any, dtype: str, backend: str
     other.assert_untouched()
     other.assert_apart(outputs)
     if spec.vjp is not None:
-        assert_right(other.judged_backward())
+        assert_same_gradients(other, plain, dtype)
 
 
 @pytest.mark.parametrize("axis", [0, -1])
@@ -240,7 +248,7 @@ def test_broadcast_views(spec: OpSpec, case: Case, axis: int, backend: str) -> N
     for expected, got in zip(plain.forward(), one.forward(), strict=True):
         np.testing.assert_array_equal(got, expected)
     if spec.vjp is not None:
-        assert_right(one.judged_backward())
+        assert_same_gradients(one, plain, "float32")
 
 
 def test_a_step_in_place_writes_nothing_around_its_view() -> None:
@@ -309,6 +317,10 @@ def faint_gates_and_a_large_state() -> Any:
     return gates, tokens, np.full((2, 4), 1e30)
 
 
+def faint_product_of_a_large_state() -> Any:
+    return np.full((2, 300, 4), 1.1e-10), None, np.full((2, 4), 1e300)
+
+
 def products_that_are_infinite_but_meet_zeros() -> Any:
     return np.full((2, 300, 4), 1e20), np.zeros((2, 300, 4)), np.zeros((2, 4))
 
@@ -359,19 +371,19 @@ def zeros_everywhere() -> Any:
 EDGES = (
     with_zero_gates, with_negative_gates, overflowing, overflowing_at_a_constant_gate, overflowing_then_cut_off,
     underflowing_product, underflowing_product_at_default_state, product_that_comes_back,
-    faint_gates_and_a_large_state, products_that_are_infinite_but_meet_zeros, huge, tiny, nan_token,
+    faint_gates_and_a_large_state, faint_product_of_a_large_state, products_that_are_infinite_but_meet_zeros,
+    huge, tiny, nan_token,
     infinite_tokens, infinite_gate, infinity_times_zero, nan_state, zeros_everywhere,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@each_dtype
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("edge", EDGES, ids=lambda f: f.__name__)
-@each_backend
-def test_scan_edges(edge: Any, dtype: str, reverse: bool, backend: str) -> None:
+def test_scan_edges(edge: Any, dtype: str, reverse: bool) -> None:
     with np.errstate(all="ignore"):
         args = [None if a is None else a.astype(dtype) for a in edge()]
-    one = Run(SPECS["scan"], args, {"reverse": reverse}, backend)
+    one = Run(SPECS["scan"], args, {"reverse": reverse}, "numpy")
     assert_right(one.judged_forward())
     assert_right(one.judged_backward())
 
@@ -421,16 +433,27 @@ def test_garbage_beyond_lengths_does_not_leak(op: str, name: str, poison: Any, d
         np.testing.assert_array_equal(a, b)
 
 
+@each_backend
+def test_positions_beyond_lengths_need_no_weights(backend: str) -> None:
+    """Each sequence ends at the model's last position, so what lies beyond is out of range."""
+    one = run("recurrent_mix", "lengths_start_array", "float32", backend)
+    start = 32 - one.options["lengths"]
+    one = Run(one.spec, one.args, {**one.options, "start": start}, backend)
+    assert_right(one.judged_forward())
+    grads, gradients = one.backward()
+    assert_right(judge_vjp(one.spec, *one.before, grads, gradients))
+    assert all(np.isfinite(g).all() for g in gradients if g is not None)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38, 1e-42])
 @pytest.mark.parametrize("name", ["x", "state", "weight", "bias", "decay"])
 @pytest.mark.parametrize("op", ["recurrent_step", "recurrent_step_", "recurrent_mix"])
-@each_backend
-def test_mixer_edges(op: str, name: str, value: float, backend: str) -> None:
+def test_mixer_edges(op: str, name: str, value: float) -> None:
     """One odd value in one argument."""
     name = "initial_state" if (op, name) == ("recurrent_mix", "state") else name
-    one = run(op, "narrow" if op == "recurrent_mix" else "half", "float32", backend)
+    one = run(op, "narrow" if op == "recurrent_mix" else "half", "float32", "numpy")
     one.values[name].flat[one.values[name].size // 2] = value
-    one = Run(one.spec, one.args, one.options, backend)
+    one = Run(one.spec, one.args, one.options, "numpy")
     if one.spec.vjp is not None:
         assert_right(one.judged_backward())
     assert_right(one.judged_forward())
@@ -456,6 +479,17 @@ def test_half_types_overflow_to_infinity_without_a_warning(backend: str) -> None
     assert np.isfinite(y[0, 0, 0])
     assert np.isposinf(y[0, 1:, 0]).all()
     assert final[0, 0] == np.float32(6e4).astype("float16").astype("float32") * 300
+
+
+@pytest.mark.parametrize("edge", [infinity_times_zero, overflowing], ids=lambda f: f.__name__)
+@each_backend
+def test_nan_and_infinity_are_results_like_others(edge: Any, backend: str) -> None:
+    """Neither direction warns of them."""
+    args = [None if a is None else a.astype("float32") for a in edge()]
+    with np.errstate(all="raise"):
+        (y, final), pullback = srm_core.vjp("scan", *args, backend=backend)
+        pullback(np.full_like(y, np.inf), np.zeros_like(final))
+    assert not np.isfinite(y).all()
 
 
 @pytest.mark.parametrize("width", [0, 3])
@@ -492,7 +526,7 @@ def scans(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     return (gates, tokens, state), {"reverse": draw(st.booleans()), "lengths": lengths}
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(scans())
 def test_any_numpy_scan_is_the_reference(call: Any) -> None:
     one = Run(SPECS["scan"], *call, "numpy")

@@ -16,7 +16,7 @@ Each may be at most ``max(4 eps, k * the same measure of the rounding model)``, 
 k = 2 for outputs and 3 for gradients. So a half type may be rounded once at the end, but not at every step.
 
 One run of the rounding model may be lucky, above all where a few elements decide the measure: a gradient of three
-decays, say. Held to such a run, one in a thousand judgements of a good kernel failed. So the rounding model is
+decays, say. Held to one run, a judgement in three thousand of a good kernel failed. So the rounding model is
 measured on the inputs and on `NEIGHBOURS` neighbours of them, which differ in the last bits only and so are
 rounded differently all the way, and its largest error counts.
 
@@ -244,25 +244,31 @@ class _Canonical:
             return [None if r is None else _round(r, d) for r, d in zip(results, dtypes, strict=True)]
 
         truths, models = run(self.truth, False, self.arguments), run(self.model, True, self.arguments)
-        for parts in zip(names, dtypes, truths, models, self.model_errors(run), strict=True):
+        errors = self.model_errors(run, truths, models)
+        for parts in zip(names, dtypes, truths, models, errors, strict=True):
             yield _Standard(*parts)
 
-    def model_errors(self, run: Callable[[Any, bool, Arguments], list[Any]]) -> list[tuple[float, ...]]:
-        """(Frobenius, row) error of the rounding model for each array of `run(compute, rounded, arguments)`."""
+    def model_errors(
+        self, run: Callable[[Any, bool, Arguments], list[Any]], truths: Any = None, models: Any = None
+    ) -> list[tuple[float, ...]]:
+        """(Frobenius, row) error of the rounding model for each array of `run(compute, rounded, arguments)`.
+
+        truths, models: what `run` gives for the arguments themselves, if that is known.
+        """
         truth, model, scale = self.truth, self.model, 1.0
-        narrow = truth is np.longdouble and not EXTENDED
-        if narrow:  # nothing is wider than float64: take what float32 loses on float32 inputs, scaled by eps
+        arguments = _cast(self.arguments)
+        if truth is np.longdouble and not EXTENDED:
+            # Nothing is wider than float64: take what float32 loses on float32 inputs, scaled by eps.
             truth, model, scale = np.float64, np.float32, _eps("float64") / _eps("float32")
+            arguments, truths, models = _cast(self.arguments, np.float32), None, None
+
         draws = []
         for seed in range(NEIGHBOURS + 1):
-            near = _neighbour(_cast(self.arguments, np.float32 if narrow else None), seed)
-            exact, rough = run(truth, False, _cast(near, truth)), run(model, True, near)
-            draws.append(
-                [
-                    (0.0, 0.0) if t is None else tuple(scale * e for e, _ in _measures(m, t, m.dtype.name))
-                    for t, m in zip(exact, rough, strict=True)
-                ]
-            )
+            if seed or truths is None:
+                near = _neighbour(arguments, seed) if seed else _cast(arguments)
+                truths, models = run(truth, False, _cast(near, truth)), run(model, True, near)
+            pairs = zip(truths, models, strict=True)
+            draws.append([(0.0, 0.0) if t is None else _errors(m, t, scale) for t, m in pairs])
         return [tuple(max(e) for e in zip(*draw, strict=True)) for draw in zip(*draws, strict=True)]
 
 
@@ -282,9 +288,7 @@ def _cast(arguments: Arguments, dtype: Any = None) -> Arguments:
 
 
 def _neighbour(arguments: Arguments, seed: int) -> Arguments:
-    """The arguments themselves for seed 0, else with other last bits."""
-    if seed == 0:
-        return _cast(arguments)
+    """The arguments with other last bits."""
     rng = np.random.default_rng(seed)
 
     def near(a: Array) -> Array:
@@ -332,6 +336,10 @@ def _measures(got: Array, truth: Array, dtype: str) -> tuple[Worst, Worst]:
     floor = float(_finfo(dtype).smallest_normal)
     within = np.where(np.isfinite(_round(truth, dtype)), truth, truth.dtype.type(np.nan))
     return frobenius_error(got, within, floor), row_error(got, within, floor)
+
+
+def _errors(model: Array, truth: Array, scale: float) -> tuple[float, ...]:
+    return tuple(scale * e for e, _ in _measures(model, truth, model.dtype.name))
 
 
 def _finite_parts(got: Array, truth: Array) -> tuple[Array, Array]:
