@@ -217,3 +217,15 @@ def check_lengths(op: str, lengths: Any, longest: int) -> None:
     if low < 0 or high > longest:
         bad = low if low < 0 else high
         raise ContractError(op, "lengths", f"the length {bad}", f"0 <= length <= T = {longest}")
+
+
+def check_writable(op: str, param: str, value: Any) -> None:
+    """An array that is updated in place must be writable, and no two of its elements the same memory."""
+    library = LIBRARIES[library_of(value) or "numpy"]
+    if library.name == "numpy" and not value.flags.writeable:
+        raise ContractError(op, param, "a read-only array", "an array that can be updated in place")
+    if 0 in value.shape:
+        return
+    strides = value.stride() if library.name == "torch" else value.strides
+    if 0 in strides and any(stride == 0 and n > 1 for stride, n in zip(strides, value.shape, strict=True)):
+        raise ContractError(op, param, "a broadcast array", "an array whose elements are all memory of their own")

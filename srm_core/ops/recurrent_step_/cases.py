@@ -32,6 +32,24 @@ def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict
     return (x, state, *rest), {"slots": rng.permutation(rows)[: x.shape[0]]}
 
 
+def _with_state(change: Any) -> Any:
+    def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (_, _, *rest), _ = step_cases.ERROR_SAMPLES[0].make()
+        one = np.ones((2, 3, 4), np.float32)
+        return (one, change(one.copy()), *rest), {}
+
+    return make
+
+
+def _read_only(state: Any) -> Any:
+    state.flags.writeable = False
+    return state
+
+
+def _shared(state: Any) -> Any:
+    return np.lib.stride_tricks.as_strided(state, state.shape, (0, 16, 4))
+
+
 def _with_slots(slots: Any, rows: int = 5) -> Any:
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, _ = step_cases.ERROR_SAMPLES[0].make()
@@ -44,6 +62,10 @@ def _with_slots(slots: Any, rows: int = 5) -> Any:
 
 ERROR_SAMPLES = (
     *(s for s in step_cases.ERROR_SAMPLES if s.name != "state of another batch"),
+    ErrorSample("a read-only state", "state", _with_state(_read_only)),
+    ErrorSample(
+        "one state for all", "state", _with_state(lambda s: np.lib.stride_tricks.as_strided(s, s.shape, (0, 16, 4)))
+    ),
     ErrorSample("more states than sequences", "state", _with_slots(None)),
     ErrorSample("a slot past the end", "slots", _with_slots(np.array([0, 5]))),
     ErrorSample("a negative slot", "slots", _with_slots(np.array([0, -1]))),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from srm_core.arrays import LIBRARIES, library_of
-from srm_core.contract import as_index
+from srm_core.contract import as_index, check_writable
 from srm_core.errors import ContractError
 from srm_core.ops.common import Array
 from srm_core.ops.recurrent_step.reference import reference as step_reference
@@ -52,6 +52,7 @@ def _check_values(
     *, slots: Any,
 ) -> None:  # fmt: skip
     check_range("recurrent_step_", "index", index, dims["L"] - 1)
+    check_writable("recurrent_step_", "state", state)
     if slots is None or LIBRARIES[library_of(slots) or "numpy"].platform(slots) != "cpu" or not dims["B"]:
         return
     rows = np.asarray(slots)
