@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail("the reader of the output has closed it")
     except CycloptsError as error:
-        _fail(" ".join(str(error).split()) + "; see srm-core --help")
+        _fail(" ".join(str(error).split()).rstrip(".") + "; see srm-core --help")
     except (SRMError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -232,7 +232,7 @@ def report(*, json: bool = False) -> None:
     json
         Machine-readable.
     """
-    facts = srm_core.report()
+    facts = srm_core.report(look_for_devices=True)
     if json:
         _print_json(facts)
         return

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache
 from typing import Literal
 
@@ -68,12 +69,15 @@ class Config:
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Config:
         """Read the environment. An empty variable counts as unset."""
         env = {k: v for k, v in (os.environ if environ is None else environ).items() if v.strip()}
+        for name in env:
+            own = name in VARIABLES or name.startswith("SRM_BACKEND_")
+            # Another program's SRM_HOME is not ours to refuse; something close to one of ours is.
+            near = name.startswith("SRM_BACKEND") or get_close_matches(name, VARIABLES, cutoff=0.8)
+            if name.startswith("SRM_") and not own and near:
+                raise UnknownNameError("environment variable", name, VARIABLES)
         selections = {
             name: parse_selection(value, name) for name, value in env.items() if name.startswith("SRM_BACKEND")
         }
-        for name in selections:
-            if name != "SRM_BACKEND" and not name.startswith("SRM_BACKEND_"):
-                raise UnknownNameError("environment variable", name, VARIABLES)
         blocked = env.get("SRM_BLOCK", "")
         trace = env.get("SRM_TRACE")
         if trace is not None:

@@ -160,7 +160,7 @@ def _why_not(found: Registry, entry: Entry | None, call: Call, state: State, gra
         )  # fmt: skip
     if state.deterministic and not kernel.deterministic:
         reasons.append(Reason("nondeterministic", "is not deterministic, which srm_core.deterministic() asks for"))
-    if gradients and kernel.backward in (None, "autograd"):
+    if gradients and not kernel.pulls_back:
         reasons.append(Reason("no-backward", "has no backward"))
     yield from reasons
     runnable = found.runnable(entry.backend, entry.plugin)

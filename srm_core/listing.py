@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from srm_core.plugins import BUILT_IN
@@ -62,8 +64,8 @@ def list_backends() -> Listing:
             if entry is None:
                 reasons = ["has no kernel for it"]
             elif not runnable:
-                provides = "forward+backward" if entry.kernel.backward else "forward"
-                if entry.kernel.backward is None:
+                provides = "forward+backward" if entry.kernel.pulls_back else "forward"
+                if not entry.kernel.pulls_back:
                     reasons = ["changes its state, so it has no gradient" if spec.mutates else "has no backward"]
             cells.append(Cell(op, name, provides, tuple(reasons)))
     lost = tuple(
@@ -73,10 +75,11 @@ def list_backends() -> Listing:
     return Listing(tuple(backends), tuple(cells), lost, tuple(found.plugins.blocked))
 
 
-def report() -> dict[str, Any]:
+def report(look_for_devices: bool = False) -> dict[str, Any]:
     """Versions, devices and the environment variables in force. Imports no array library but NumPy.
 
-    Devices of torch and CuPy are listed only if the library is imported already.
+    look_for_devices: import CuPy or torch, where one is installed, to list its devices; otherwise they are listed
+    only if the library is imported already.
     """
     versions: dict[str, str | None] = {}
     for name in ("srm-core", *LIBRARIES):
@@ -84,15 +87,28 @@ def report() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    devices = [f"cpu ({os.cpu_count()} cores, {platform.machine()})"]
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
-        "devices": devices,
+        "devices": [f"cpu ({os.cpu_count()} cores, {platform.machine()})", *_gpus(look_for_devices)],
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("SRM_")},
         "backends": [b["name"] for b in list_backends().backends],
     }
+
+
+def _gpus(look: bool) -> list[str]:
+    """CUDA devices, through the first library that can tell."""
+    for library in ("cupy", "torch"):
+        if library not in sys.modules and not (look and find_spec(library)):
+            continue
+        module = importlib.import_module(library)
+        if not module.cuda.is_available():
+            continue
+        if library == "torch":
+            names = [module.cuda.get_device_name(i) for i in range(module.cuda.device_count())]
+        else:
+            runtime = module.cuda.runtime
+            names = [runtime.getDeviceProperties(i)["name"].decode() for i in range(runtime.getDeviceCount())]
+        return [f"cuda:{i} ({name})" for i, name in enumerate(names)]
+    return []

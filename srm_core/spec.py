@@ -243,6 +243,11 @@ class Kernel:
     features: tuple[Feature, ...] = ()
     supports: str | None = None
 
+    @property
+    def pulls_back(self) -> bool:
+        """Has it a backward that runs without torch's autograd?"""
+        return self.backward not in (None, "autograd")
+
 
 @dataclass(frozen=True)
 class BackendInfo:

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from srm_core import CheckpointError, ContractError, SequenceLengthError, VocabularyError, use_backend
+from srm_core import CheckpointError, ConfigError, ContractError, SequenceLengthError, VocabularyError, use_backend
 from srm_core.models import MixerConfig, RecurrentMixer, Vocabulary
 from srm_core.models.mixer import SHIPPED
 from srm_core.models.sampling import sample, uniform
@@ -337,9 +337,9 @@ class TestFiles:
 
     def test_wrong_library_and_dtype(self, saved):
         _, state_dict, config, _ = saved
-        with pytest.raises(CheckpointError, match="library: found 'jax'"):
+        with pytest.raises(ConfigError, match="library: found 'jax'"):
             RecurrentMixer.from_state_dict(state_dict, config, library="jax")
-        with pytest.raises(CheckpointError, match="dtype: found 'int8'"):
+        with pytest.raises(ConfigError, match="dtype: found 'int8'"):
             RecurrentMixer.from_state_dict(state_dict, config, dtype="int8")
 
     def test_torch_state_dict(self, saved):

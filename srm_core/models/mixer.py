@@ -114,9 +114,9 @@ class RecurrentMixer:
         """
         c = config if isinstance(config, MixerConfig) else MixerConfig.from_mapping(config)
         if dtype not in ("float32", "float64"):
-            raise CheckpointError(f"dtype: found {dtype!r}; required 'float32' or 'float64'")
+            raise ConfigError(f"dtype: found {dtype!r}; required 'float32' or 'float64'")
         if library not in ("numpy", "torch", "cupy"):
-            raise CheckpointError(f"library: found {library!r}; required 'numpy', 'torch' or 'cupy'")
+            raise ConfigError(f"library: found {library!r}; required 'numpy', 'torch' or 'cupy'")
         if vocabulary is not None and len(vocabulary) != c.vocab_size:
             raise CheckpointError(f"the vocabulary has {len(vocabulary)} characters; vocab_size is {c.vocab_size}")
         p, e = Parameters(state_dict), c.hidden_dim

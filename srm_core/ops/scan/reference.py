@@ -16,7 +16,7 @@ def reference(
     """y_t = g_t * y_{t-1} + x_t, with y_{-1} the initial state or 0.
 
     Without tokens: y_t = g_t * y_{t-1}, with y_{-1} the initial state or 1. With `reverse`, t runs from the
-    sequence's end to 0. (B. Martin and C. Cundy, "Parallelizing linear recurrent neural nets over sequence
+    sequence's end to 0. (E. Martin and C. Cundy, "Parallelizing linear recurrent neural nets over sequence
     length", 2018, eq. 5.)
     """
     batch, steps, width, gates, state = _prepare(compute, gates, tokens, initial_state)
