@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,8 +16,17 @@ from rich.table import Table
 import srm_core
 from srm_core.errors import SRMError
 
+
+class _Console(Console):
+    """Rich ends the program in silence when the output is closed; `main` says so instead."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 app = App(
     name="srm-core",
+    console=_Console(highlight=False),
     help="Recurrent kernels behind one registry. SRM_BACKEND=NAME chooses who computes.",
     version=lambda: srm_core.__version__,
 )
@@ -24,6 +34,10 @@ app = App(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a check failed, 2 bad input or a closed pipe, 130 interrupted."""
+    if sys.stdout is None:
+        _fail("standard output is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
     try:
         code = app(argv, print_error=False, exit_on_error=False)
         sys.stdout.flush()
@@ -35,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         _fail(" ".join(str(error).split()).rstrip(".") + "; see srm-core --help")
     except (SRMError, OSError) as error:
         _fail(str(error))
+    except MemoryError:
+        _fail("not enough memory; ask for less")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
@@ -85,9 +101,9 @@ def generate(
     model
         A safetensors file with a config and a vocabulary; default: the model that ships.
     """
-    from srm_core.commands.generate import run
+    from srm_core.commands.generate import START, run
 
-    run(prompt or ["\n"], tokens, batch, seed, temperature, top_k, backend, device, model)
+    run([START] if prompt is None else prompt, tokens, batch, seed, temperature, top_k, backend, device, model)
 
 
 @app.command
@@ -134,7 +150,7 @@ def backends(*, json: bool = False, traceback: bool = False) -> None:
             }
         )  # fmt: skip
         return
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     names = [b["name"] for b in listing.backends]
     table = Table(title="operator × backend")
     table.add_column("operator", no_wrap=True)
@@ -213,7 +229,7 @@ def explain(
             }
         )  # fmt: skip
     else:
-        console = Console(highlight=False)
+        console = _Console(highlight=False)
         console.print(decision.call, markup=False, soft_wrap=True)
         console.print(f"chosen: {decision.chosen or 'none'} ({decision.why})", markup=False, soft_wrap=True)
         table = Table("backend", "what it said")
@@ -243,7 +259,7 @@ def report(*, json: bool = False) -> None:
             table.add_row(key, "none" if value in ({}, []) else str(value))
         for name, item in rows:
             table.add_row(key, f"{name} {'not installed' if item is None else item}".strip())
-    Console(highlight=False).print(table)
+    _Console(highlight=False).print(table)
 
 
 def _print_json(value: Any) -> None:

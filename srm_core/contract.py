@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from srm_core.arrays import LIBRARIES, library_of
 from srm_core.errors import ContractError
@@ -201,12 +202,9 @@ def host_tuple(value: Any) -> Any:
 
 def as_index(op: str, param: str, value: Any) -> int:
     """A host integer; bool and float are refused."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ContractError(op, param, f"{value!r}", "an integer, or an array of integers") from None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ContractError(op, param, f"{value!r}", "an integer, or an array of integers")
+    return int(value)
 
 
 def check_lengths(op: str, lengths: Any, longest: int) -> None:
@@ -224,8 +222,11 @@ def check_writable(op: str, param: str, value: Any) -> None:
     library = LIBRARIES[library_of(value) or "numpy"]
     if library.name == "numpy" and not value.flags.writeable:
         raise ContractError(op, param, "a read-only array", "an array that can be updated in place")
-    if 0 in value.shape:
+    if library.name == "numpy" and value.flags.c_contiguous:  # the usual case, told in a moment
         return
-    strides = value.stride() if library.name == "torch" else value.strides
-    if 0 in strides and any(stride == 0 and n > 1 for stride, n in zip(strides, value.shape, strict=True)):
-        raise ContractError(op, param, "a broadcast array", "an array whose elements are all memory of their own")
+    reach = 0.0  # of the axes that lie closer together, in elements
+    for stride, n in sorted((abs(s), n) for s, n in zip(library.strides(value), value.shape, strict=True) if n != 1):
+        if n and stride <= reach:
+            found = "an array in which elements share memory"
+            raise ContractError(op, param, found, "an array whose elements are all memory of their own")
+        reach += stride * (n - 1)

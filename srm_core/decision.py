@@ -13,7 +13,7 @@ from typing import Any
 from srm_core.bridge import view_library
 from srm_core.config import Selection, State, parse_selection
 from srm_core.contract import Call
-from srm_core.errors import UndeclaredFeature
+from srm_core.errors import ConfigError, UndeclaredFeature
 from srm_core.registry import Entry, Registry, checked_reasons, resolve
 from srm_core.spec import COMMON_FEATURES, Feature, Reason
 
@@ -24,7 +24,6 @@ class Candidate:
 
     backend: str
     reasons: tuple[Reason, ...] | None
-    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def decide(
             asked.append(Candidate(name, None))
             continue
         reasons = tuple(_why_not(found, entry, call, state, gradients))
-        asked.append(Candidate(name, reasons, entry.kernel.forward if entry else ""))
+        asked.append(Candidate(name, reasons))
         if chosen is None and not reasons:
             chosen = entry
     why = _why(chosen, selection, call) if chosen else f"{selection.source} selects {selection}"
@@ -205,5 +204,8 @@ def trace(found: Registry, decision: Decision) -> None:
         ],
     }  # fmt: skip
     # Opened for each line, in append mode: whole lines from any thread, and from both sides of a fork.
-    with open(found.config.trace, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(found.config.trace, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise ConfigError(f"SRM_TRACE={found.config.trace}: cannot be written ({error.strerror})") from None

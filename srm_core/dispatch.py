@@ -45,7 +45,6 @@ class Operator:
     def __init__(self, spec: OpSpec) -> None:
         self.spec = spec
         self.forget()
-        on_reload(self.forget)
 
     def forget(self) -> None:
         """Drop every remembered answer; the next call reads the registry anew."""
@@ -196,6 +195,12 @@ def kernel_error(decision: Decision, error: Exception, direction: str = "forward
 
 
 _operators: dict[str, Operator] = {}
+
+
+@on_reload
+def _forget_all() -> None:
+    for path in list(_operators.values()):
+        path.forget()
 
 
 def operator(name: Any) -> Operator:

@@ -195,9 +195,10 @@ def registry() -> Registry:
     return found
 
 
-def on_reload(forget: Callable[[], None]) -> None:
-    """Call `forget` whenever the registry is made anew."""
+def on_reload(forget: Callable[[], None]) -> Callable[[], None]:
+    """Call `forget` whenever the registry is made anew; a decorator."""
     _on_reload.append(forget)
+    return forget
 
 
 def reload_config() -> None:

@@ -181,7 +181,7 @@ class OpSpec:
     check_values: Callable[..., None] | None = None
     mutates: tuple[str, ...] = ()
     residuals: tuple[ResidualSpec, ...] = ()
-    permitted_roundings: tuple[str, ...] = ()
+    permitted_roundings: tuple[str, ...] = ()  # none of the operators so far needs one
     features: tuple[Feature, ...] = COMMON_FEATURES
     cases: tuple[Case, ...] = ()
     sample: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
@@ -238,7 +238,7 @@ class Kernel:
     dtypes: tuple[str, ...] = FLOAT
     platforms: tuple[str, ...] = ("cpu",)
     deterministic: bool = True
-    graph_safe: bool = False
+    graph_safe: bool = False  # for the conformance suite, which captures such kernels
     rank: int = 0
     features: tuple[Feature, ...] = ()
     supports: str | None = None

@@ -77,6 +77,9 @@ def test_unknown_backend():
         (["--tokens", "0"], ["--tokens: found 0"]),
         (["--tokens", "many"], ["--tokens", "many"]),
         (["--batch", "-1"], ["--batch"]),
+        (["--batch", "1000000000"], ["--batch: found 1000000000; required 1 to 65536"]),
+        (["--device", "cpu:"], ["--device: found 'cpu:'"]),
+        (["--device", "cuda:²"], ["--device: found 'cuda:²'"]),
         (["--temperature", "-1"], ["temperature: found -1"]),
         (["--top-k", "0"], ["top_k: found 0"]),
         (["--seed", "-3"], ["seed: found -3"]),
@@ -108,6 +111,40 @@ def test_closed_pipe():
         message = process.stderr.read()
         assert process.wait(60) == 2
     assert message == "srm-core: error: the reader of the output has closed it\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["backends"], ["report"], ["explain", "scan", "f32[1,2,3]"], ["--help"]], ids=str
+)
+def test_closed_pipe_of_a_table(arguments):
+    """What Rich prints, too."""
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(
+        [sys.executable, "-m", "srm_core", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (run.returncode, run.stderr) == (2, "srm-core: error: the reader of the output has closed it\n")
+
+
+def test_closed_output():
+    command = f"exec {sys.executable} -m srm_core generate --tokens 3 >&-"
+    run = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (run.returncode, run.stderr) == (2, "srm-core: error: standard output is closed\n")
+
+
+def test_output_that_knows_ascii_only():
+    run = srm("backends", PYTHONIOENCODING="ascii")
+    assert run.returncode == 0
+    assert run.stdout.isascii()
+
+
+def test_prompt_is_shown_as_it_is():
+    assert srm("generate", "--tokens", "2", "--prompt", "\nROMEO.").stdout.startswith("\nROMEO.")
+
+
+def test_tiny_temperature_warns_of_nothing():
+    assert len(srm("generate", "--tokens", "3", "--temperature", "1e-320").stderr.splitlines()) == 1
 
 
 def test_perplexity(tmp_path: Path):
@@ -167,6 +204,9 @@ def test_explain():
         (["scan", "f32[2,3,4]", "reverse=1"], ["reverse: found 1; required True or False"]),
         (["scan"], ["missing a required argument: 'gates'"]),
         (["scan", "%&"], ["'%&'"]),
+        (["scan", "{[]: 1}"], ["required an array such as"]),
+        (["scan", "f32[1000000000000000000000000,2,3]"], ["cannot be made"]),
+        (["scan", "f32[100000000000,1000,30]"], ["cannot be made"]),
         (["scan", "f32[1,1,1]", "--library", "jax"], ["--library: found 'jax'"]),
     ],
     ids=lambda v: " ".join(v),

@@ -187,6 +187,12 @@ class TestGenerate:
             ({"seed": -1}, "seed: found -1"),
             ({"max_new_tokens": -1}, "max_new_tokens: found -1"),
             ({"sequences": [1, 2]}, "sequences"),
+            ({"sequences": [2**64]}, "sequences"),
+            ({"sequences": [0.5]}, "sequences"),
+            ({"temperature": 10**400}, "temperature"),
+            ({"temperature": True}, "temperature"),
+            ({"max_new_tokens": True}, "max_new_tokens"),
+            ({"prompts": "abc"}, "the text 'abc'"),
             ({"prompts": [""]}, "an empty prompt"),
         ],
     )
@@ -209,7 +215,11 @@ class TestGenerate:
         with pytest.raises(ContractError, match="ids"):
             self.model.forward(ids)
 
-    @pytest.mark.parametrize("lengths", [[1], [1, 4], [-1, 0], [1.0, 2.0]])
+    def test_numpy_integers_are_integers(self):
+        options = {"seed": np.int64(3), "top_k": np.int64(5), "temperature": np.float32(0.5)}
+        assert self.model.generate(["A"], np.int64(4), **options) == self.model.generate(["A"], 4, 0.5, 5, 3)
+
+    @pytest.mark.parametrize("lengths", [[1, [2]], [1], [1, 4], [-1, 0], [1.0, 2.0]])
     def test_wrong_lengths(self, lengths):
         with pytest.raises(ContractError, match="lengths"):
             self.model.prefill([[1, 2, 3], [1, 2, 3]], lengths)
@@ -226,6 +236,12 @@ def test_draws_are_uniform_and_keyed():
     counts, _ = np.histogram(draws, 10, (0, 1))
     assert ((counts - 300) ** 2 / 300).sum() < 30  # chi-squared with 9 degrees of freedom: p < 0.0005
     assert uniform(1, 2, 3) == uniform(1, 2, 3) != uniform(1, 3, 2)
+
+
+def test_large_seeds_differ():
+    """Every bit of a seed and of a sequence counts, also past the range of int64."""
+    seeds = [2**63 - 1, 2**63, 2**63 + 1, 2**64 - 2, 2**64 - 1]
+    assert len({uniform(s, 0, 5) for s in seeds} | {uniform(0, s, 5) for s in seeds}) == 10
 
 
 def test_sampling_follows_the_distribution():
@@ -341,6 +357,17 @@ class TestFiles:
             RecurrentMixer.from_state_dict(state_dict, config, library="jax")
         with pytest.raises(ConfigError, match="dtype: found 'int8'"):
             RecurrentMixer.from_state_dict(state_dict, config, dtype="int8")
+
+    @pytest.mark.parametrize("dtype", ["complex64", "U3", "bool"])
+    def test_numbers_that_are_not_real(self, saved, dtype):
+        _, state_dict, config, _ = saved
+        state_dict["output_layer.weight"] = state_dict["output_layer.weight"].astype(dtype)
+        with pytest.raises(CheckpointError, match="required real numbers"):
+            RecurrentMixer.from_state_dict(state_dict, config)
+
+    def test_device_that_is_not_there(self):
+        with pytest.raises(ConfigError, match="device='cuda'"):
+            RecurrentMixer.load(device="cuda")
 
     def test_torch_state_dict(self, saved):
         torch = pytest.importorskip("torch")

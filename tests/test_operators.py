@@ -251,6 +251,41 @@ def test_broadcast_views(spec: OpSpec, case: Case, axis: int, backend: str) -> N
         assert_same_gradients(one, plain, "float32")
 
 
+@pytest.mark.parametrize("layout", [strided, fortran, backwards, offset, read_only], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("spec", "case"), DIFFERENTIABLE)
+def test_layouts_of_output_gradients(spec: OpSpec, case: Case, layout: Any) -> None:
+    """The gradients that a pullback is given may lie in memory as they like."""
+    args, options = spec.sample(case, "float32")
+    outputs, pullback = srm_core.vjp(spec.name, *args, backend="numpy", **options)
+    rng = np.random.default_rng(0)
+    grads = [rng.standard_normal(o.shape).astype(o.dtype) for o in outputs]
+    assert_right(judge_vjp(spec, args, options, grads, pullback(*map(layout, grads))))
+
+
+def test_no_heads_and_no_positions() -> None:
+    """H = 0 gives empty results; L = 0 has no weight at any position of an array: NaN."""
+    one = np.ones((2, 3, 4, 5), np.float32)
+    w, d = np.ones((4, 8), np.float32), np.ones(4, np.float32)
+    mode = ("row",) * 4
+    for backend in BACKENDS:
+        (y, _), pullback = srm_core.vjp("recurrent_mix", one[:, :, :0], w[:0], w[:0], d[:0], (), backend=backend)
+        assert y.shape == (2, 3, 0, 5)
+        assert [g.shape for g in pullback(None, None)[:4]] == [(2, 3, 0, 5), (0, 8), (0, 8), (0,)]
+        y, _ = srm_core.recurrent_step(one[:, 0], one[:, 0], w[:, :0], w[:, :0], d, mode, np.array(0), backend=backend)
+        assert np.isnan(y).all()
+
+
+@pytest.mark.parametrize("strides", [(12, 12, 4), (24, 4, 4), (24, 12, 0)], ids=str)
+def test_a_state_in_place_may_not_overlap(strides: tuple[int, ...]) -> None:
+    x, w = np.ones((2, 2, 3), np.float32), np.ones((2, 8), np.float32)
+    state = np.lib.stride_tricks.as_strided(np.zeros(60, np.float32), (2, 2, 3), strides)
+    with pytest.raises(srm_core.ContractError, match="elements share memory"):
+        srm_core.recurrent_step_(x, state, w, w, w[:, 0], ("row", "col"), 0)
+    apart = np.zeros((3, 2, 6), np.float32)[::-1, :, ::2][:2]
+    srm_core.recurrent_step_(x, apart, w, w, w[:, 0], ("row", "col"), 0)
+    assert apart.any()
+
+
 def test_a_step_in_place_writes_nothing_around_its_view() -> None:
     (x, state, *rest), options = SPECS["recurrent_step_"].sample(
         case_of(SPECS["recurrent_step_"], "slots"), "float32"

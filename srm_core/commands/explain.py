@@ -49,12 +49,15 @@ def _value(text: str, library: str) -> Any:
         if dtype not in DTYPES:
             raise ConfigError(f"{text!r}: found the dtype {dtype!r}; required one of {', '.join(DTYPES)}")
         # Nothing is computed: zeros cost no memory until they are touched.
-        made = np.zeros([int(n) for n in extents.split(",") if n.strip()], DTYPES[dtype])
-        return numpy_to_torch(made) if library == "torch" else made
+        try:
+            made = np.zeros([int(n) for n in extents.split(",") if n.strip()], DTYPES[dtype])
+            return numpy_to_torch(made) if library == "torch" else made
+        except (ValueError, MemoryError, ImportError) as error:
+            raise ConfigError(f"{text[:60]!r}: cannot be made: {error}") from None
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         words = tuple(w.strip() for w in text.split(","))
         if all(re.fullmatch(r"\w+", w) for w in words):
             return words
-        raise ConfigError(f"{text!r}: required an array such as f32[2,3], a number, None, or words") from None
+        raise ConfigError(f"{text[:60]!r}: required an array such as f32[2,3], a number, None, or words") from None

@@ -12,21 +12,26 @@ from srm_core import use_backend
 from srm_core.errors import ConfigError, ContractError, VocabularyError
 from srm_core.models.mixer import SHIPPED, RecurrentMixer
 
+MOST = 65536  # texts at once
+START = "\n"  # what a text begins with if nobody says; it is not shown
+
 
 def open_model(path: Path | None, device: str) -> RecurrentMixer:
     """The model on a device. Errors: `CheckpointError`, `ConfigError` for a device that is not here."""
     kind, _, number = device.partition(":")
-    if kind == "cpu" and not number:
+    if device == "cpu":
         return RecurrentMixer.load(path or SHIPPED)
-    if kind != "cuda" or (number and not number.isdigit()):
+    if kind != "cuda" or (number and not number.isdecimal()):
         raise ConfigError(f"--device: found {device!r}; required cpu, cuda, or cuda:N")
     if find_spec("cupy") is not None:
         import cupy
 
         if not cupy.cuda.is_available():
             raise ConfigError(f"--device {device}: CuPy sees no CUDA device")
-        with cupy.cuda.Device(int(number or 0)):
-            return RecurrentMixer.load(path or SHIPPED, library="cupy")
+        if int(number or 0) >= cupy.cuda.runtime.getDeviceCount():
+            raise ConfigError(f"--device {device}: CuPy sees {cupy.cuda.runtime.getDeviceCount()} CUDA devices")
+        cupy.cuda.Device(int(number or 0)).use()  # for the steps, too
+        return RecurrentMixer.load(path or SHIPPED, library="cupy")
     if find_spec("torch") is not None:
         import torch
 
@@ -42,8 +47,8 @@ def run(
 ) -> None:  # fmt: skip
     if tokens < 1:
         raise ContractError("generate", "--tokens", f"{tokens}", "a positive number")
-    if batch < 1:
-        raise ContractError("generate", "--batch", f"{batch}", "a positive number")
+    if not 1 <= batch * len(prompts) <= MOST:
+        raise ContractError("generate", "--batch", f"{batch}", f"1 to {MOST} texts in all")
     for prompt in prompts:
         if not prompt:
             raise ContractError("generate", "--prompt", "an empty text", "at least one character")
@@ -64,7 +69,7 @@ def _stream_one(model: RecurrentMixer, prompt: str, stream: object) -> int:
     """Write one text as it comes."""
     assert model.vocabulary is not None
     count = 0
-    sys.stdout.write(prompt.lstrip("\n"))
+    sys.stdout.write("" if prompt == START else prompt)
     for [token] in stream:  # type: ignore[attr-defined]
         sys.stdout.write(model.vocabulary.decode([token]))
         sys.stdout.flush()
@@ -85,7 +90,7 @@ def _collect(model: RecurrentMixer, texts: list[str], stream: object, tokens: in
         for row, token in zip(new, chosen, strict=True):
             row.append(token)
     for number, (text, row) in enumerate(zip(texts, new, strict=True)):
-        print(f"--- {number} ---\n{text.lstrip(chr(10))}{model.vocabulary.decode(row)}\n")
+        print(f"--- {number} ---\n{'' if text == START else text}{model.vocabulary.decode(row)}\n")
     return len(texts) * tokens
 
 

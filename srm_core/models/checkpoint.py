@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from srm_core.arrays import library_of, torch_to_numpy
+from srm_core.arrays import BFLOAT16, library_of, torch_to_numpy
 from srm_core.errors import CheckpointError
 from srm_core.ops.common import Array
 
@@ -29,7 +29,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Array], dict[str, str]
         # The library offers metadata only for files it opens itself; the header is JSON behind its length.
         size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is no whole safetensors file: {error}") from None
     tensors = {}
     for name, entry in entries:
@@ -77,5 +77,7 @@ def _to_host(name: str, value: Any) -> Array:
         value = value.get()
     elif library != "numpy":
         raise CheckpointError(f"{name}: found a {type(value).__name__}; required an array")
-    result: Array = np.asarray(value).astype(np.float64)
+    if value.dtype.kind not in "fiuV" or (value.dtype.kind == "V" and value.dtype != BFLOAT16):
+        raise CheckpointError(f"{name}: found dtype {value.dtype}; required real numbers")
+    result: Array = value.astype(np.float64)
     return result

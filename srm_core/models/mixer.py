@@ -18,7 +18,7 @@ from srm_core.errors import CheckpointError, ConfigError, ContractError, Sequenc
 from srm_core.models import mixing
 from srm_core.models.checkpoint import Parameters, read_safetensors
 from srm_core.models.config import MixerConfig
-from srm_core.models.sampling import check_options, sample
+from srm_core.models.sampling import check_integer, check_temperature, sample
 from srm_core.models.text import Vocabulary
 from srm_core.ops.common import Array
 
@@ -71,7 +71,10 @@ class RecurrentMixer:
             self._xp = importlib.import_module(f"array_api_compat.{library}")
         except ImportError as error:
             raise ConfigError(f"library={library!r}: {library} cannot be imported: {error}") from error
-        self._embedding = self._array(embedding)
+        try:
+            self._embedding = self._array(embedding)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ConfigError(f"device={device!r}: {library} cannot place an array there: {error}") from error
         self._output = self._array(output)
         self._blocks = [self._placed(block) for block in blocks]
 
@@ -91,7 +94,7 @@ class RecurrentMixer:
             characters = json.loads(metadata["vocabulary"]) if "vocabulary" in metadata else None
         except KeyError:
             raise CheckpointError(f"{path}: its metadata have no 'config'; use from_state_dict with one") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: its metadata are no JSON: {error}") from None
         if not isinstance(config, dict) or not isinstance(characters, str | None):
             raise CheckpointError(f"{path}: its metadata need a JSON object 'config' and a string 'vocabulary'")
@@ -212,7 +215,10 @@ class RecurrentMixer:
         host = self._host_ids(ids, 2)
         batch, steps = host.shape
         positions = np.zeros(batch, np.int64) if state is None else self._state(state, batch).positions
-        n = np.full(batch, steps) if lengths is None else np.asarray(lengths)
+        try:
+            n = np.full(batch, steps) if lengths is None else np.asarray(lengths)
+        except ValueError:
+            n = np.empty(0)  # ragged: refused like any other wrong shape
         if n.shape != (batch,) or n.dtype.kind not in "iu" or (batch and not (n.min() >= 0 and n.max() <= steps)):
             raise ContractError("RecurrentMixer", "lengths", f"{lengths!r}", f"{batch} integers, 0 to {steps}")
         uniform = batch == 0 or bool((positions == positions[0]).all())
@@ -289,19 +295,21 @@ class RecurrentMixer:
         top_k: int | None = None, seed: int = 0, sequences: Sequence[int] | None = None, restart: bool = False,
     ) -> Iterator[list[int]]:  # fmt: skip
         """Yield the next token of every prompt, max_new_tokens times. The arguments are those of `generate`."""
-        check_options(temperature, top_k, seed)
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-            raise ContractError("generate", "max_new_tokens", f"{max_new_tokens!r}", "an integer >= 0")
+        temperature = check_temperature(temperature)
+        top_k = None if top_k is None else check_integer("top_k", top_k, 1)
+        seed = check_integer("seed", seed, 0, 2**64)
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 0)
         texts = [self._host_ids(p, 1).tolist() for p in prompts]
         for i, text in enumerate(texts):
             if not text:
                 raise ContractError("generate", "prompts", f"an empty prompt (number {i})", "at least one token each")
-        names = list(range(len(texts))) if sequences is None else [int(s) for s in sequences]
-        if len(names) != len(texts) or min(names, default=0) < 0:
-            raise ContractError("generate", "sequences", f"{names}", f"{len(texts)} integers >= 0, one a prompt")
+        given = range(len(texts)) if sequences is None else sequences
+        names = [check_integer("sequences", s, 0, 2**64) for s in given]
+        if len(names) != len(texts):
+            raise ContractError("generate", "sequences", f"{len(names)} numbers", f"{len(texts)}, one a prompt")
         limit = self.config.seq_len
         longest = max((len(t) for t in texts), default=0)
-        if not restart and longest + max_new_tokens - 1 > limit:
+        if not restart and max_new_tokens and longest + max_new_tokens - 1 > limit:
             raise SequenceLengthError(
                 f"the model has {limit} positions; a prompt of {longest} tokens leaves room for "
                 f"{max(0, limit - longest + 1)} new ones, not {max_new_tokens}"
@@ -356,6 +364,8 @@ class RecurrentMixer:
         Returns the new texts, or the new ids, without the prompts.
         Errors: `SequenceLengthError` if prompt and new tokens do not fit, `VocabularyError`, `ContractError`.
         """
+        if isinstance(prompts, str):
+            raise ContractError("generate", "prompts", f"the text {prompts[:20]!r}", "a sequence of texts")
         texts = [isinstance(p, str) for p in prompts]
         if any(texts) and self.vocabulary is None:
             raise VocabularyError("this model has no vocabulary; give prompts as ids")

@@ -6,7 +6,9 @@ backend that computed the logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,18 +18,32 @@ from srm_core.ops.common import Array
 
 def uniform(seed: int, sequence: int, position: int) -> float:
     """A float64 in [0, 1) from one block of Philox-4x64 with key (seed, sequence) and counter (position)."""
-    raw = np.random.Philox(key=[seed, sequence], counter=[position, 0, 0, 0]).random_raw()
+    # As uint64 from the start: NumPy makes floats of a list with integers past 2**63.
+    key = np.array([seed, sequence], np.uint64)
+    raw = np.random.Philox(key=key, counter=[position, 0, 0, 0]).random_raw()
     return (int(raw) >> 11) * 2.0**-53
 
 
-def check_options(temperature: float, top_k: int | None, seed: int) -> None:
-    """Errors: `ContractError`."""
-    if not (isinstance(temperature, int | float) and 0 <= temperature < float("inf")):
-        raise ContractError("generate", "temperature", f"{temperature!r}", "a finite number >= 0")
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-        raise ContractError("generate", "top_k", f"{top_k!r}", "None or a positive integer")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ContractError("generate", "seed", f"{seed!r}", "an integer, 0 <= seed < 2**64")
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A host integer in [low, high). Errors: `ContractError`."""
+    required = f"an integer >= {low}" if high is None else f"an integer, {low} <= {name} < {high}"
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+        raise ContractError("generate", name, f"{value!r}", required)
+    if high is not None and value >= high:
+        raise ContractError("generate", name, f"{value!r}", required)
+    return int(value)
+
+
+def check_temperature(value: Any) -> float:
+    """A finite number >= 0. Errors: `ContractError`."""
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    try:
+        temperature = float(value) if real else math.nan
+    except OverflowError:
+        temperature = math.inf
+    if not 0 <= temperature < math.inf:
+        raise ContractError("generate", "temperature", f"{value!r}"[:40], "a finite number >= 0")
+    return temperature
 
 
 def sample(
@@ -39,7 +55,8 @@ def sample(
     if temperature == 0:
         return chosen
     for i, row in enumerate(logits):
-        scaled = (row - row.max()) / temperature
+        with np.errstate(over="ignore"):  # a tiny temperature makes all but the largest -infinity, as it should
+            scaled = (row - row.max()) / temperature
         if top_k is not None and top_k < len(row):
             scaled[np.argsort(-row, kind="stable")[top_k:]] = -np.inf
         cumulative = np.cumsum(np.exp(scaled))

@@ -89,7 +89,7 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_final
     ends = np.full(batch, steps) if lengths is None else np.asarray(lengths)
     beyond = np.arange(steps) >= ends[:, None]  # (B, T)
     dy[beyond] = 0
-    a = w_out * dy
+    a = np.multiply(w_out, dy, order="C")  # whatever the gradient's layout: the recurrence runs in place
     a[beyond] = 0  # w_out may be NaN there
     some = np.flatnonzero(ends)
     a[some, ends[some] - 1] += d_state[some]

@@ -26,6 +26,8 @@ def at_positions(parameter: Array, positions: Any, compute: Any) -> Array:
     if isinstance(positions, int | np.integer):
         return parameter[:, positions].astype(compute)
     length = parameter.shape[1]
+    if length == 0:
+        return np.full((*np.shape(positions), parameter.shape[0]), np.nan, compute)
     inside = (positions >= 0) & (positions < length)
     found = parameter[:, np.where(inside, positions, 0)].astype(compute)  # (H, ...)
     return np.moveaxis(np.where(inside, found, compute(np.nan)), 0, -1)
@@ -99,6 +101,8 @@ def scatter(into: Array, values: Array, positions: Any) -> None:
     """into[h, positions[i]] += values[i, h], leaving out positions out of range. into (H, L), values (B, H)."""
     if isinstance(positions, int | np.integer):
         into[:, positions] += values.sum(0)
+        return
+    if values.size == 0:
         return
     p = np.broadcast_to(positions, values.shape[:-1]).reshape(-1)
     inside = (p >= 0) & (p < into.shape[1])
