@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import json
 import os
 import re
 import shlex
@@ -144,3 +145,10 @@ def test_every_page_is_in_the_index(folder: str) -> None:
     index = page(f"{folder}/README.md".lstrip("/"))
     pages = [p for p in PAGES[1:] if p.name != "README.md" and (p.parent.name == "adr") == bool(folder)]
     assert not [p for p in pages if p.name not in index]
+
+
+def test_figures_are_those_of_the_recorded_run() -> None:
+    recorded = json.loads((ROOT / "asv_bench/results/cpu_targets.json").read_text(encoding="utf-8"))["rows"]
+    pages = page("explanation/dispatch.md") + page("explanation/blocked-scan.md")
+    assert not [row["what"] for row in recorded if f"| {row['ours']} |" not in pages]
+    assert not [row["what"] for row in recorded if "scan (" in row["what"] and f"| {row['ratio']:.2f} |" not in pages]
