@@ -65,7 +65,7 @@ def _fail(message: str) -> None:
 @app.command
 def generate(
     *,
-    prompt: list[str] | None = None,
+    prompt: Annotated[list[str] | None, Parameter(negative="")] = None,
     tokens: int = 400,
     batch: int = 1,
     seed: int = 0,
