@@ -16,9 +16,9 @@ from srm_core.errors import ContractError
 
 def view_library(call: Call, arrays: tuple[str, ...]) -> str | None:
     """The library as which the kernel can see the call's arrays without a copy."""
-    if call.library in arrays:
-        return call.library
-    return next((a for a in arrays if (call.library, a, call.platform) in VIEWS), None)
+    if call.array_library in arrays:
+        return call.array_library
+    return next((a for a in arrays if (call.array_library, a, call.platform) in VIEWS), None)
 
 
 class Bridge:
@@ -27,10 +27,10 @@ class Bridge:
     def __init__(self, call: Call, arrays: tuple[str, ...], state: State) -> None:
         target = view_library(call, arrays)
         assert target is not None  # the decision was made by the same function
-        self.caller, self.target = call.library, target
+        self.caller, self.target = call.array_library, target
         self.device, self.state = call.device, state
-        self.view = VIEWS[call.library, target, call.platform]
-        self.back = VIEWS[target, call.library, call.platform]
+        self.view = VIEWS[call.array_library, target, call.platform]
+        self.back = VIEWS[target, call.array_library, call.platform]
         self.op = call.spec.name
         self.mutates = call.spec.mutates
         self.names = tuple(p.name for p in call.spec.parameters)

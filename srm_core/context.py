@@ -25,14 +25,14 @@ class Residuals:
 class LaunchContext:
     """Allocation in the caller's library, the current stream, the policy, and whether residuals are wanted.
 
-    library, device: of the arrays that the kernel sees. precision: "ieee" or "tf32". deterministic: bool.
+    array_library, device: of the arrays that the kernel sees. precision: "ieee" or "tf32". deterministic: bool.
     wants_residuals: True if a backward will follow; then `keep` stores what it may use.
     """
 
-    __slots__ = ("_kept", "_library", "deterministic", "device", "library", "precision")
+    __slots__ = ("_kept", "_library", "array_library", "deterministic", "device", "precision")
 
     def __init__(self, library: str, device: Any, state: State, kept: dict[str, Any] | None = None) -> None:
-        self.library = library
+        self.array_library = library
         self.device = device
         self.precision = state.precision
         self.deterministic = state.deterministic

@@ -15,7 +15,7 @@ from srm_core.spec import FLOAT, HALF, INTEGER, OpSpec, OptionSpec, OutputSpec, 
 class Call:
     """A checked call: its values by name, the extent of every axis, and what features read.
 
-    library, platform, device: of all its arrays. dtype: of the first activation given.
+    array_library, platform, device: of all its arrays. dtype: of the first tensor given in `shape_order`.
     """
 
     def __init__(self, spec: OpSpec, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -24,7 +24,7 @@ class Call:
         self.values: dict[str, Any] = {**dict(zip(names, args, strict=False)), **options}
         self.dims: dict[str, int] = {}
         self.dtypes: dict[str, str] = {}
-        self.library = self.platform = self.dtype = ""
+        self.array_library = self.platform = self.dtype = ""
         self.device: Any = None
         self._check_libraries()
         self._check_dtypes()
@@ -69,10 +69,10 @@ class Call:
             device = value.device
             if not first:
                 first = p.name
-                self.library, self.device, self.platform = name, device, library.platform(value)
-            elif name != self.library:
+                self.array_library, self.device, self.platform = name, device, library.platform(value)
+            elif name != self.array_library:
                 raise self.error(
-                    p.name, f"an array of {name} beside {first} of {self.library}", "arrays of one library"
+                    p.name, f"an array of {name} beside {first} of {self.array_library}", "arrays of one library"
                 )
             elif device != self.device:
                 raise self.error(
@@ -159,7 +159,7 @@ class Call:
             return True
         expected = 1
         for extent, stride in zip(
-            reversed(tuple(value.shape)), reversed(LIBRARIES[self.library].strides(value)), strict=True
+            reversed(tuple(value.shape)), reversed(LIBRARIES[self.array_library].strides(value)), strict=True
         ):
             if extent != 1 and stride != expected:
                 return False

@@ -60,7 +60,7 @@ def _reasons(candidate: Candidate) -> str:
 class View:
     """What a predicate sees of a call: the declared features, and nothing else.
 
-    `view.dtype`, `view.platform`, `view.library` are always declared; others are read as `view[feature]`.
+    `view.dtype`, `view.platform`, `view.array_library` are always declared; others are read as `view[feature]`.
     """
 
     __slots__ = ("_call", "_declared")
@@ -82,7 +82,7 @@ class View:
             if feature.name == name:
                 return feature.read(self._call)
         raise UndeclaredFeature(
-            f"{self._call.spec.name}: the predicate reads {name!r}; required dtype, platform, library, "
+            f"{self._call.spec.name}: the predicate reads {name!r}; required dtype, platform, array_library, "
             "or view[feature] with a declared feature"
         )
 
@@ -105,7 +105,7 @@ def decide(
         selection = state.selection or found.selection(op)
     asked: list[Candidate] = []
     chosen: Entry | None = None
-    for name, entry in found.candidates(op, selection, call.library):
+    for name, entry in found.candidates(op, selection, call.array_library):
         if chosen is not None and not all_of:
             asked.append(Candidate(name, None))
             continue
@@ -124,9 +124,9 @@ def _why(entry: Entry, selection: Selection, call: Call) -> str:
     name = entry.backend.name
     if name in selection.names:
         return f"named by {selection.source}"
-    if call.library in entry.kernel.arrays:
-        return f"auto: takes {call.library} arrays natively, rank {entry.kernel.rank}"
-    return f"auto: takes {call.library} arrays as views, rank {entry.kernel.rank}"
+    if call.array_library in entry.kernel.arrays:
+        return f"auto: takes {call.array_library} arrays natively, rank {entry.kernel.rank}"
+    return f"auto: takes {call.array_library} arrays as views, rank {entry.kernel.rank}"
 
 
 def _why_not(found: Registry, entry: Entry | None, call: Call, state: State, gradients: bool) -> Iterator[Reason]:
@@ -137,26 +137,14 @@ def _why_not(found: Registry, entry: Entry | None, call: Call, state: State, gra
     kernel = entry.kernel
     reasons = []
     if call.platform not in kernel.platforms:
-        reasons.append(
-            Reason(
-                "platform", f"runs on {', '.join(kernel.platforms)}; the arrays are on {call.platform}",
-                found=call.platform, required=", ".join(kernel.platforms), hint="move the arrays there",
-            )
-        )  # fmt: skip
+        runs = f"runs on {', '.join(kernel.platforms)}; the arrays are on {call.platform}"
+        reasons.append(_mismatch("platform", runs, call.platform, kernel.platforms, "move the arrays there"))
     elif view_library(call, kernel.arrays) is None:
-        reasons.append(
-            Reason(
-                "library", f"takes arrays of {', '.join(kernel.arrays)}, not of {call.library}",
-                found=call.library, required=", ".join(kernel.arrays),
-            )
-        )  # fmt: skip
+        takes = f"takes arrays of {', '.join(kernel.arrays)}, not of {call.array_library}"
+        reasons.append(_mismatch("library", takes, call.array_library, kernel.arrays))
     if call.dtype not in kernel.dtypes:
-        reasons.append(
-            Reason(
-                "dtype", f"takes {', '.join(kernel.dtypes)}, not {call.dtype}",
-                found=call.dtype, required=", ".join(kernel.dtypes), hint="cast the arrays",
-            )
-        )  # fmt: skip
+        takes = f"takes {', '.join(kernel.dtypes)}, not {call.dtype}"
+        reasons.append(_mismatch("dtype", takes, call.dtype, kernel.dtypes, "cast the arrays"))
     if state.deterministic and not kernel.deterministic:
         reasons.append(Reason("nondeterministic", "is not deterministic, which srm_core.deterministic() asks for"))
     if gradients and not kernel.pulls_back:
@@ -179,6 +167,10 @@ def no_backend(decision: Decision) -> str:
     return f"{decision.call}: no backend of {decision.selection!r} ({decision.source}) can run it: {reasons}"
 
 
+def _mismatch(code: str, message: str, found: str, allowed: tuple[str, ...], hint: str = "") -> Reason:
+    return Reason(code, message, found=found, required=", ".join(allowed), hint=hint)
+
+
 def describe(call: Call) -> str:
     """The call in one line, such as scan(gates=float32[2,8,4], reverse=False)."""
     parts = []
@@ -188,7 +180,7 @@ def describe(call: Call) -> str:
         if name in call.dtypes:
             value = f"{call.dtypes[name]}[{','.join(map(str, value.shape))}]"
         parts.append(f"{name}={value}")
-    return f"{call.spec.name}({', '.join(parts)}) on {call.library}/{call.platform}"
+    return f"{call.spec.name}({', '.join(parts)}) on {call.array_library}/{call.platform}"
 
 
 def trace(found: Registry, decision: Decision) -> None:

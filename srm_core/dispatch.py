@@ -77,9 +77,9 @@ class Operator:
         kernel = decision.entry.kernel
         forward = resolve(kernel.forward)
         logger.debug("%s -> %s (%s): %s", decision.call, decision.chosen, decision.why, kernel.forward)
-        if call.library not in kernel.arrays:
+        if call.array_library not in kernel.arrays:
             forward = Bridge(call, kernel.arrays, state).forward(forward)
-        context = LaunchContext(call.library, call.device, state)
+        context = LaunchContext(call.array_library, call.device, state)
         return Plan(forward, context, decision, value_check(call))
 
 

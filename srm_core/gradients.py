@@ -41,9 +41,9 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
     kernel = decision.entry.kernel
     forward, backward = resolve(kernel.forward), resolve(kernel.backward or "")
     kept: dict[str, Any] = {}
-    bridge = None if checked.library in kernel.arrays else Bridge(checked, kernel.arrays, state)
+    bridge = None if checked.array_library in kernel.arrays else Bridge(checked, kernel.arrays, state)
     if bridge is None:
-        context = LaunchContext(checked.library, checked.device, state, kept)
+        context = LaunchContext(checked.array_library, checked.device, state, kept)
     else:
         context = bridge.context(kept)
         bound, named = bridge.all_inward(bound, named)
@@ -64,11 +64,11 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
             raise ContractError(
                 path.spec.name, "pullback", f"{len(grads)} gradients", f"{len(expected)}: {', '.join(names)}"
             )
-        own = bridge.context() if bridge else LaunchContext(checked.library, checked.device, state)
+        own = bridge.context() if bridge else LaunchContext(checked.array_library, checked.device, state)
         checked_grads = []
         for name, grad, output in zip(names, grads, expected, strict=True):
             if grad is None:
-                grad = LIBRARIES[checked.library].zeros(tuple(output.shape), output.dtype, checked.device)
+                grad = LIBRARIES[checked.array_library].zeros(tuple(output.shape), output.dtype, checked.device)
             elif type(grad) is not type(output) or _form(grad) != _form(output):
                 found = _form(grad) if type(grad) is type(output) else (type(grad).__name__,)
                 raise ContractError(

@@ -157,8 +157,8 @@ def Contiguous(param: str) -> Feature:
 
 DTYPE = Feature("dtype", lambda call: call.dtype)
 PLATFORM = Feature("platform", lambda call: call.platform)
-LIBRARY = Feature("library", lambda call: call.library)
-COMMON_FEATURES = (DTYPE, PLATFORM, LIBRARY)
+ARRAY_LIBRARY = Feature("array_library", lambda call: call.array_library)
+COMMON_FEATURES = (DTYPE, PLATFORM, ARRAY_LIBRARY)
 
 
 @dataclass(frozen=True, eq=False)

@@ -280,7 +280,7 @@ def test_declared_features(plugin: Any, arrays: Any) -> None:
         FEATURES = (Multiple("D", 4), Bucket("T"), Given("initial_state"), Static("reverse"))
         read = []
         def supports(view):
-            read.append([view.dtype, view.platform, view.library, *(view[f] for f in FEATURES)])
+            read.append([view.dtype, view.platform, view.array_library, *(view[f] for f in FEATURES)])
             return []
     """
     module = plugin.backend("Kernel('scan', 'plug:seven', features=FEATURES, supports='plug:supports')", source)
@@ -476,7 +476,7 @@ def test_log(arrays: Any, caplog: pytest.LogCaptureFixture) -> None:
 POLICY = """
 contexts = []
 def watch(ctx, *args, **options):
-    contexts.append((ctx.precision, ctx.deterministic, ctx.wants_residuals, ctx.library, ctx.stream))
+    contexts.append((ctx.precision, ctx.deterministic, ctx.wants_residuals, ctx.array_library, ctx.stream))
     return seven(ctx, *args, **options)
 def backward(ctx, residuals, *grads):
     contexts.append((ctx.precision, ctx.deterministic))
@@ -867,7 +867,7 @@ def test_torch_vjp(torch: Any, dtype: str) -> None:
 TORCH = """
 contexts = []
 def step(ctx, x, state, weight, bias, decay, mode, index, *, slots):
-    contexts.append((ctx.library, ctx.device.type, ctx.stream))
+    contexts.append((ctx.array_library, ctx.device.type, ctx.stream))
     ctx.scratch((2, 2), "float32").fill_(0)
     state += 1
     y = ctx.empty(tuple(x.shape), x.dtype)

@@ -58,14 +58,14 @@ class RecurrentMixer:
 
     Make one with `load` or `from_state_dict`. The same weights run in parallel over a whole text (`forward`),
     in steps (`step`), or in chunks (`prefill`), with the same logits. The recurrences run through the registry,
-    so `use_backend` and SRM_BACKEND choose who computes them; everything else is in the array library `library`.
+    so `use_backend` and SRM_BACKEND choose who computes them; everything else is in `array_library`.
     """
 
     def __init__(
         self, config: MixerConfig, embedding: Any, blocks: list[_Block], output: Any, library: str,
         dtype: str, device: Any, vocabulary: Vocabulary | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.library, self.dtype, self.device = config, library, dtype, device
+        self.config, self.array_library, self.dtype, self.device = config, library, dtype, device
         self.vocabulary = vocabulary
         try:
             self._xp = importlib.import_module(f"array_api_compat.{library}")
