@@ -10,7 +10,7 @@ import numpy as np
 from srm_core.arrays import LIBRARIES, VIEWS, library_of
 from srm_core.config import State
 from srm_core.context import ForeignContext, LaunchContext
-from srm_core.contract import Call
+from srm_core.contract import Call, arrays_of
 from srm_core.errors import ContractError
 
 
@@ -34,24 +34,27 @@ class Bridge:
         self.op = call.spec.name
         self.mutates = call.spec.mutates
         self.names = tuple(p.name for p in call.spec.parameters)
+        self.many = {p.name for p in call.spec.tensors if p.many}
 
     def context(self, kept: dict[str, Any] | None = None) -> ForeignContext:
         return ForeignContext(self.target, self.caller, self.device, self.state, self.view, self.back, kept)
 
     def inward(self, name: str, value: Any) -> Any:
+        if name in self.many:
+            return tuple(self.inward(f"{name}[{i}]", one) for i, one in enumerate(value))
         if library_of(value) != self.caller:
             return value
         why = LIBRARIES[self.caller].refuse(value)  # gradients given to a pullback have not been through `Call`
         if why:
             raise ContractError(
-                self.op, str(name), why, "a plain array",
+                self.op, name, why, "a plain array",
                 "call under torch.no_grad(), detach it, or use srm_core.vjp for gradients",
             )  # fmt: skip
         return self.view(value)
 
     def all_inward(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (
-            tuple(self.inward(f"argument {i}", a) for i, a in enumerate(args)),
+            tuple(self.inward(n, a) for n, a in zip(self.names, args, strict=False)),
             {k: self.inward(k, v) for k, v in options.items()},
         )
 
@@ -77,6 +80,7 @@ class Bridge:
     def _write_back(self, values: dict[str, Any], views: dict[str, Any]) -> None:
         """What the kernel changed, where the array could not be seen without a copy (only NumPy's: VIEWS)."""
         for name in self.mutates:
-            value, after = values[name], self.back(views[name])
-            if self.caller == "numpy" and not np.may_share_memory(value, after):
-                value[...] = after
+            for (_, value), (_, view) in zip(arrays_of(name, values[name]), arrays_of(name, views[name]), strict=True):
+                after = self.back(view)
+                if self.caller == "numpy" and not np.may_share_memory(value, after):
+                    value[...] = after

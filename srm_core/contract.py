@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from srm_core.arrays import LIBRARIES, library_of
+from srm_core.axes import ANY_SHAPE, match, shown
 from srm_core.errors import ContractError
 from srm_core.spec import FLOAT, HALF, INTEGER, OpSpec, OptionSpec, OutputSpec, TensorSpec
 
@@ -16,6 +18,7 @@ class Call:
     """A checked call: its values by name, the extent of every axis, and what features read.
 
     array_library, platform, device: of all its arrays. dtype: of the first tensor given in `shape_order`.
+    dtypes: of every array by its name, which is "levels[0]" in a sequence of them.
     """
 
     def __init__(self, spec: OpSpec, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -36,27 +39,31 @@ class Call:
     def error(self, param: str, found: str, required: str, hint: str = "") -> ContractError:
         return ContractError(self.spec.name, param, found, required, hint)
 
-    def _given(self) -> list[tuple[TensorSpec | OptionSpec, Any]]:
-        """The parameters that hold an array in this call."""
-        given: list[tuple[TensorSpec | OptionSpec, Any]] = []
+    def _given(self) -> list[tuple[str, TensorSpec | OptionSpec, Any]]:
+        """The arrays of this call, with their names."""
+        given: list[tuple[str, TensorSpec | OptionSpec, Any]] = []
         for p in self.spec.parameters:
             value = self.values[p.name]
-            if isinstance(p, TensorSpec):
-                if value is not None:
-                    given.append((p, value))
-                elif not p.optional:
-                    raise self.error(p.name, "None", f"an array {_axes(p.axes)}")
-            elif p.axes and library_of(value) is not None:
-                given.append((p, value))
+            if isinstance(p, OptionSpec):
+                if p.axes and library_of(value) is not None:
+                    given.append((p.name, p, value))
+            elif p.many:
+                if not isinstance(value, tuple):
+                    raise self.error(p.name, f"a {type(value).__name__}", f"a sequence of arrays {shown(p.axes)}")
+                given += ((name, p, one) for name, one in arrays_of(p.name, value))
+            elif value is not None:
+                given.append((p.name, p, value))
+            elif not p.optional:
+                raise self.error(p.name, "None", f"an array {shown(p.axes)}")
         return given
 
     def _check_libraries(self) -> None:
         first = ""
-        for p, value in self._given():
+        for param, p, value in self._given():
             name = library_of(value)
             if name is None:
                 raise self.error(
-                    p.name, f"a {type(value).__name__}", "an array of NumPy, torch or CuPy",
+                    param, f"a {type(value).__name__}", "an array of NumPy, torch or CuPy",
                     "convert it first, for example with numpy.asarray",
                 )  # fmt: skip
             library = LIBRARIES[name]
@@ -65,49 +72,65 @@ class Call:
                 hint = "pass a plain dense array"
                 if "requires grad" in why:
                     hint = "call under torch.no_grad(), detach it, or use srm_core.vjp for gradients"
-                raise self.error(p.name, why, f"a plain array {_axes(p.axes)}", hint)
+                raise self.error(param, why, f"a plain array {shown(p.axes)}", hint)
             device = value.device
             if not first:
-                first = p.name
+                first = param
                 self.array_library, self.device, self.platform = name, device, library.platform(value)
             elif name != self.array_library:
                 raise self.error(
-                    p.name, f"an array of {name} beside {first} of {self.array_library}", "arrays of one library"
+                    param, f"an array of {name} beside {first} of {self.array_library}", "arrays of one library"
                 )
             elif device != self.device:
                 raise self.error(
-                    p.name, f"an array on {device} beside {first} on {self.device}", "arrays on one device",
+                    param, f"an array on {device} beside {first} on {self.device}", "arrays on one device",
                     "move it there; no backend copies between devices by itself",
                 )  # fmt: skip
-            self.dtypes[p.name] = library.dtype_name(value.dtype)
+            self.dtypes[param] = library.dtype_name(value.dtype)
 
     def _check_dtypes(self) -> None:
         primary = self._primary()
         self.dtype = self.dtypes[primary]
-        for p, _ in self._given():
-            allowed = self._allowed(p, primary)
-            found = self.dtypes[p.name]
+        for name, p, _ in self._given():
+            allowed = self._allowed(name, p, primary)
+            found = self.dtypes[name]
             if found not in allowed:
-                beside = "" if p.name == primary or allowed == INTEGER else f" beside {primary} of {self.dtype}"
-                raise self.error(p.name, f"dtype {found}", f"{' or '.join(allowed)}{beside}")
+                beside = "" if name == primary or allowed == INTEGER else f" beside {primary} of {self.dtype}"
+                raise self.error(name, f"dtype {found}", f"{' or '.join(allowed)}{beside}")
 
     def _primary(self) -> str:
         """The tensor whose dtype is the call's: the first given in `shape_order`, else the first at all."""
-        given = [p.name for p, _ in self._given()]
+        given = [name for name, _, _ in self._given()]
         return next((n for n in self.spec.shape_order if n in given), given[0])
 
-    def _allowed(self, p: TensorSpec | OptionSpec, primary: str) -> tuple[str, ...]:
+    def _allowed(self, name: str, p: TensorSpec | OptionSpec, primary: str) -> tuple[str, ...]:
         if isinstance(p, OptionSpec) or p.role == "integer":
             return INTEGER
-        if p.name == primary or self.dtype not in FLOAT:
+        if name == primary or self.dtype not in FLOAT:
             return FLOAT
+        floating: tuple[str, ...] = (self.dtype,)
         if p.role != "activation" and self.dtype in HALF:
-            return (self.dtype, "float32")
-        return (self.dtype,)
+            floating = (self.dtype, "float32")
+        return ("bool", *floating) if p.role == "mask" else floating
+
+    def output_names(self) -> tuple[str, ...]:
+        """The name of each array that the call returns; those of a sequence are "levels[0]", "levels[1]", …"""
+        return tuple(name for name, _ in self._outputs())
 
     def output_dtypes(self) -> tuple[str, ...]:
-        """The dtype of each output, by the rules of `OutputSpec`."""
-        return tuple(self._output_dtype(o) for o in self.spec.outputs)
+        """The dtype of each array that the call returns, by the rules of `OutputSpec`."""
+        return tuple(self._output_dtype(o) for _, o in self._outputs())
+
+    def _outputs(self) -> list[tuple[str, OutputSpec]]:
+        outputs: list[tuple[str, OutputSpec]] = []
+        for o in self.spec.outputs:
+            count = None if o.many is None else o.many(self.values)
+            outputs += [(o.name, o)] if count is None else [(f"{o.name}[{i}]", o) for i in range(count)]
+        return outputs
+
+    def mutated(self) -> list[tuple[str, Any]]:
+        """The arrays that the call writes to, with their names."""
+        return [pair for name in self.spec.mutates for pair in arrays_of(name, self.values[name])]
 
     def _output_dtype(self, output: OutputSpec) -> str:
         for name in output.like:
@@ -116,31 +139,24 @@ class Call:
         return "float32" if output.state and self.dtype in HALF else self.dtype
 
     def _check_shapes(self) -> None:
-        given = {p.name: (p, v) for p, v in self._given()}
+        given = {name: (p, v) for name, p, v in self._given()}
         order = [n for n in self.spec.shape_order if n in given]
+        whole: tuple[int, ...] | None = None
         for name in [*order, *(n for n in given if n not in order)]:
             p, value = given[name]
             shape = tuple(value.shape)
+            if ANY_SHAPE in p.axes:
+                whole = whole or shape
+                if shape != whole:
+                    raise self.error(name, f"shape {shape}", f"{whole}, the shape of the first")
             for axes in p.axes:
-                dims = self._match(axes.split(), shape)
+                dims = match(axes, shape, self.dims)
                 if dims is not None:
                     self.dims.update(dims)
                     break
             else:
                 known = ", ".join(f"{k}={v}" for k, v in self.dims.items())
-                raise self.error(name, f"shape {shape}", _axes(p.axes) + (f" with {known}" if known else ""))
-
-    def _match(self, axes: list[str], shape: tuple[int, ...]) -> dict[str, int] | None:
-        if len(axes) != len(shape):
-            return None
-        dims: dict[str, int] = {}
-        for axis, extent in zip(axes, shape, strict=True):
-            required = int(axis) if axis.isdigit() else self.dims.get(axis, dims.get(axis))
-            if required is None:
-                dims[axis] = extent
-            elif required != extent:
-                return None
-        return dims
+                raise self.error(name, f"shape {shape}", shown(p.axes) + (f" with {known}" if known else ""))
 
     def _check_options(self) -> None:
         for p in self.spec.parameters:
@@ -167,12 +183,9 @@ class Call:
         return True
 
 
-def _axes(alternatives: tuple[str, ...]) -> str:
-    def one(axes: str) -> str:
-        names = axes.split()
-        return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
-
-    return " or ".join(one(a) for a in alternatives)
+def arrays_of(name: str, value: Any) -> list[tuple[str, Any]]:
+    """An argument's arrays by name: one, or each of a sequence."""
+    return [(f"{name}[{i}]", one) for i, one in enumerate(value)] if isinstance(value, tuple) else [(name, value)]
 
 
 # Checks of options: each raises ValueError("what was found; required what").
@@ -181,6 +194,32 @@ def _axes(alternatives: tuple[str, ...]) -> str:
 def check_bool(name: str, value: Any, dims: Mapping[str, int]) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{value!r}; required True or False")
+
+
+def check_number(low: float, high: float) -> Callable[[str, Any, Mapping[str, int]], None]:
+    """The check that an option is a number from low to high."""
+
+    def check(name: str, value: Any, dims: Mapping[str, int]) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"{value!r}; required a number from {low:g} to {high:g}")
+
+    return check
+
+
+def check_count(low: int) -> Callable[[str, Any, Mapping[str, int]], None]:
+    """The check that an option is an integer of at least `low`."""
+
+    def check(name: str, value: Any, dims: Mapping[str, int]) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{value!r}; required an integer, at least {low}")
+
+    return check
+
+
+def check_scale(name: str, value: Any, dims: Mapping[str, int]) -> None:
+    """None, or a finite number."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)):
+        raise ValueError(f"{value!r}; required a finite number, or None for 1/sqrt(D)")
 
 
 def check_modes(name: str, value: Any, dims: Mapping[str, int]) -> None:

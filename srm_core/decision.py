@@ -12,7 +12,7 @@ from typing import Any
 
 from srm_core.bridge import view_library
 from srm_core.config import Selection, State, parse_selection
-from srm_core.contract import Call
+from srm_core.contract import Call, arrays_of
 from srm_core.errors import ConfigError, UndeclaredFeature
 from srm_core.registry import Entry, Registry, checked_reasons, resolve
 from srm_core.spec import COMMON_FEATURES, Feature, Reason
@@ -177,9 +177,11 @@ def describe(call: Call) -> str:
     for name, value in call.values.items():
         if value is None:
             continue
-        if name in call.dtypes:
-            value = f"{call.dtypes[name]}[{','.join(map(str, value.shape))}]"
-        parts.append(f"{name}={value}")
+        for one, array in arrays_of(name, value):
+            if one in call.dtypes:
+                parts.append(f"{one}={call.dtypes[one]}[{','.join(map(str, array.shape))}]")
+        if name not in call.dtypes and f"{name}[0]" not in call.dtypes:
+            parts.append(f"{name}={value}")
     return f"{call.spec.name}({', '.join(parts)}) on {call.array_library}/{call.platform}"
 
 

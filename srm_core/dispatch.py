@@ -138,11 +138,14 @@ def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
     args: list[str] = []
     options: list[str] = []
     for p in operator.spec.parameters:
-        n = p.name
+        n = "_one" if isinstance(p, TensorSpec) and p.many else p.name
         seen = f"{n}.__class__, {n}.shape, {n}.dtype, None if {n}.__class__ is _ndarray else _device({n})"
         if layout:
             seen += f", _strides({n})"
-        if isinstance(p, TensorSpec):
+        if isinstance(p, TensorSpec) and p.many:
+            n = p.name
+            key.append(f"{n}.__class__, tuple([({seen}) for _one in {n}])")
+        elif isinstance(p, TensorSpec):
             key.append(f"None if {n} is None else ({seen})" if p.optional else seen)
         elif p.dynamic:
             array = f"None if {n} is None else ({seen})" if p.axes else f"{n}.__class__"
@@ -265,7 +268,7 @@ def _direct(spec: OpSpec, plan: Plan, example: dict[str, Any]) -> Callable[..., 
             head.append("*")
             star = True
         if isinstance(p, TensorSpec):
-            head.append(f"{n}=None" if p.optional else n)
+            head.append(f"{n}=None" if spec.signature.parameters[n].default is None else n)
         elif p.default is inspect.Parameter.empty:
             head.append(n)
         else:

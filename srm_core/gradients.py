@@ -22,8 +22,8 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
 
     `pullback(*grad_outputs)` takes one array an output (None: zeros), of its shape and dtype, and returns one
     array for each differentiable tensor parameter in the order of the signature (`spec.differentiable`), None
-    where the argument was not given. The arguments and outputs are kept, not copied: do not write to them before
-    the pullback.
+    where the argument was not given or is a boolean mask. The arguments and outputs are kept, not copied: do not
+    write to them before the pullback.
     Errors: as a call; `NoBackendError` if no candidate has a backward.
     """
     path = operator(op)
@@ -54,12 +54,10 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
     except Exception as error:
         raise kernel_error(decision, error) from error
     outputs = inner if bridge is None else bridge.outward(context, inner)  # type: ignore[arg-type]
-    several = isinstance(outputs, tuple)
     residuals = Residuals(bound, named, kept)
 
     def pullback(*grads: Any) -> tuple[Any, ...]:
-        expected = outputs if several else (outputs,)
-        names = [o.name for o in path.spec.outputs]
+        expected, names = path.spec.unpack(outputs), checked.output_names()
         if len(grads) != len(expected):
             raise ContractError(
                 path.spec.name, "pullback", f"{len(grads)} gradients", f"{len(expected)}: {', '.join(names)}"

@@ -17,7 +17,7 @@ HALF = ("float16", "bfloat16")
 FLOAT = ("float32", "float64", *HALF)
 INTEGER = ("int32", "int64")
 
-Role = Literal["activation", "parameter", "state", "integer"]
+Role = Literal["activation", "parameter", "state", "integer", "mask"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Reason:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor parameter. `axes` are alternatives such as ("B T D", "B T 1"); numbers are literal extents.
+    """A tensor parameter. `axes` are alternatives such as ("B T D", "B T 1"), in the words of `srm_core.axes`.
 
     The role fixes the dtypes: the first tensor given, in `shape_order`, sets the call's dtype; parameters and
-    states may be float32 beside a half-precision activation; integers are int32 or int64.
+    states may be float32 beside a half-precision activation; integers are int32 or int64; a mask is boolean, or
+    has a parameter's dtype. doc: what it is, in a line. many: a sequence of arrays, which has no gradient.
     """
 
     name: str
@@ -50,6 +51,8 @@ class TensorSpec:
     keyword: bool = False
     differentiable: bool = True
     storage: str = "dense"
+    doc: str = ""
+    many: bool = False
 
     dynamic = True
 
@@ -69,6 +72,7 @@ class OptionSpec:
     keyword: bool = False
     dynamic: bool = False
     axes: tuple[str, ...] = ()
+    doc: str = ""
 
 
 Parameter = TensorSpec | OptionSpec
@@ -77,12 +81,15 @@ Parameter = TensorSpec | OptionSpec
 @dataclass(frozen=True)
 class OutputSpec:
     """An output. Its dtype is that of the first given tensor in `like`; a state without one follows the rule
-    for states: float32 beside half activations, else the activation's dtype."""
+    for states: float32 beside half activations, else the activation's dtype. many: it is a tuple of arrays, of
+    the length `many(values)`, the values of the call by name."""
 
     name: str
     axes: str
     like: tuple[str, ...] = ()
     state: bool = False
+    doc: str = ""
+    many: Callable[[Mapping[str, Any]], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,9 @@ class OpSpec:
     """The neutral truth about one operator; see docs/reference/specifications.md for each field.
 
     `reference(compute, *args, **options)` and `vjp(compute, grads, *args, **options)` are readable NumPy loops
-    run in the dtype `compute`: float64 for the truth, float32 for the rounding model.
+    run in the dtype `compute`: float64 for the truth, float32 for the rounding model. Where roundings are
+    permitted, both also take `rounding=`, a function (name, values) -> values, and call it at each of them.
+    formula, source: for people, as plain text.
     """
 
     name: str
@@ -181,7 +190,7 @@ class OpSpec:
     check_values: Callable[..., None] | None = None
     mutates: tuple[str, ...] = ()
     residuals: tuple[ResidualSpec, ...] = ()
-    permitted_roundings: tuple[str, ...] = ()  # none of the operators so far needs one
+    permitted_roundings: tuple[str, ...] = ()
     features: tuple[Feature, ...] = COMMON_FEATURES
     cases: tuple[Case, ...] = ()
     sample: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
@@ -189,6 +198,8 @@ class OpSpec:
     invariants: tuple[Invariant, ...] = ()
     flops: Callable[[Case], int] | None = None
     bytes: Callable[[Case, str], int] | None = None
+    formula: str = ""
+    source: str = ""
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -197,16 +208,32 @@ class OpSpec:
     @cached_property
     def differentiable(self) -> tuple[str, ...]:
         """The inputs that have gradients, in the order in which a backward returns them."""
-        return tuple(p.name for p in self.tensors if p.differentiable and p.role != "integer")
+        return tuple(p.name for p in self.tensors if p.differentiable and p.role != "integer" and not p.many)
 
     @cached_property
     def signature(self) -> inspect.Signature:
-        def one(p: Parameter) -> inspect.Parameter:
+        empty = inspect.Parameter.empty
+        parameters: list[inspect.Parameter] = []
+        required = False  # an optional tensor before a required one may be None, but must be given
+        for p in reversed(self.parameters):
             kind = inspect.Parameter.KEYWORD_ONLY if p.keyword else inspect.Parameter.POSITIONAL_OR_KEYWORD
-            optional = None if isinstance(p, TensorSpec) and p.optional else inspect.Parameter.empty
-            return inspect.Parameter(p.name, kind, default=p.default if isinstance(p, OptionSpec) else optional)
+            if isinstance(p, OptionSpec):
+                default = p.default
+            else:
+                default = None if p.optional and not (required and not p.keyword) else empty
+            required |= default is empty and not p.keyword
+            parameters.insert(0, inspect.Parameter(p.name, kind, default=default))
+        return inspect.Signature(parameters)
 
-        return inspect.Signature([one(p) for p in self.parameters])
+    def pack(self, outputs: Sequence[Any]) -> Any:
+        """What a call returns, of its output arrays: one as it is, several or a sequence as a tuple, or None."""
+        if len(self.outputs) > 1 or any(o.many is not None for o in self.outputs):
+            return tuple(outputs)
+        return outputs[0] if outputs else None
+
+    def unpack(self, result: Any) -> tuple[Any, ...]:
+        """The output arrays of what a call returned."""
+        return result if isinstance(result, tuple) else () if result is None else (result,)
 
     def bind(self, args: Sequence[Any], options: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The canonical form of a call: every positional parameter, every keyword-only one."""
@@ -217,7 +244,7 @@ class OpSpec:
         bound.apply_defaults()
         for p in self.parameters:
             # What is keyed by value must be hashable; a list of words means the same as a tuple of them.
-            if isinstance(p, OptionSpec) and isinstance(bound.arguments[p.name], list):
+            if (isinstance(p, OptionSpec) or p.many) and isinstance(bound.arguments[p.name], list):
                 bound.arguments[p.name] = tuple(bound.arguments[p.name])
         return bound.args, bound.kwargs
 

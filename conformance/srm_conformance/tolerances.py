@@ -4,7 +4,9 @@
 reference in `numpy.longdouble`, because a float64 result cannot be judged by a float64 truth.
 
 *The rounding model* is the same reference in float32 (float64 for float64 inputs) with its results rounded to
-the dtypes that the specification gives them: rounded inputs, float32 arithmetic, rounded outputs.
+the dtypes that the specification gives them: rounded inputs, float32 arithmetic, rounded outputs. Beside half
+types it also rounds what `spec.permitted_roundings` names (the probabilities of attention, say) to that type; and
+under the precision "tf32" the operands of matrix products to that format.
 
 An array is measured in two ways against the truth, for a few wrong elements hide in a norm, and an error spread
 over all elements hides in a maximum:
@@ -37,7 +39,8 @@ import numpy as np
 import numpy.typing as npt
 
 from srm_core.contract import Call
-from srm_core.spec import Invariant, OpSpec
+from srm_core.ops.common import TF32
+from srm_core.spec import HALF, Invariant, OpSpec
 
 Array = npt.NDArray[Any]
 Measure = Literal["form", "non-finite", "frobenius", "row"]
@@ -92,30 +95,31 @@ class Judgement:
 
 def judge_forward(
     spec: OpSpec, args: Sequence[Any], options: Mapping[str, Any], outputs: Sequence[Array],
-    mutated: Sequence[Array] = (),
+    mutated: Sequence[Array] = (), precision: str = "ieee",
 ) -> list[Judgement]:  # fmt: skip
     """Judge what a call returned. Everything is a NumPy array.
 
     args, options: as they were before the call. outputs: in the order of `spec.outputs`, also a single one as a
-    sequence. mutated: the arguments `spec.mutates` as they are after the call.
+    sequence. mutated: the arguments `spec.mutates` as they are after the call. precision: the policy of the call.
     """
-    call = _Canonical(spec, args, options)
-    names = [*(o.name for o in spec.outputs), *(f"{n} after the call" for n in spec.mutates)]
-    dtypes = [*call.checked.output_dtypes(), *(call.checked.dtypes[n] for n in spec.mutates)]
+    call = _Canonical(spec, args, options, precision)
+    mutates = [name for name, _ in call.checked.mutated()]
+    names = [*call.checked.output_names(), *(f"{n} after the call" for n in mutates)]
+    dtypes = [*call.checked.output_dtypes(), *(call.checked.dtypes[n] for n in mutates)]
     return _judge(call.standards(spec.reference, names, dtypes), [*outputs, *mutated], FORWARD)
 
 
 def judge_vjp(
     spec: OpSpec, args: Sequence[Any], options: Mapping[str, Any], grads: Sequence[Array],
-    gradients: Sequence[Array | None],
+    gradients: Sequence[Array | None], precision: str = "ieee",
 ) -> list[Judgement]:  # fmt: skip
     """Judge the gradients of the inputs that came from the gradients `grads` of the outputs.
 
-    gradients: in the order of `spec.differentiable`, None where the argument was not given.
+    gradients: in the order of `spec.differentiable`, None where the argument was not given or is a boolean mask.
     """
     if spec.vjp is None:
         raise ValueError(f"{spec.name} has no vector-Jacobian product")
-    call = _Canonical(spec, args, options)
+    call = _Canonical(spec, args, options, precision)
     names = [f"gradient of {n}" for n in spec.differentiable]
     dtypes = [call.checked.dtypes.get(n, "float32") for n in spec.differentiable]
 
@@ -136,7 +140,7 @@ def judge_invariant(
     known = _Canonical(spec, args, options)
 
     def run(compute: Any, rounded: bool, arguments: Arguments) -> list[Any]:
-        pairs = invariant.pairs(_reference_call(spec, compute, rounded), *arguments)
+        pairs = invariant.pairs(_reference_call(known, compute, rounded), *arguments)
         return [array for _, *sides in pairs for array in sides]
 
     errors = known.model_errors(run)
@@ -225,12 +229,25 @@ class _Standard:
 class _Canonical:
     """A checked call in canonical form, and the dtypes in which its truth and its rounding model are computed."""
 
-    def __init__(self, spec: OpSpec, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    def __init__(self, spec: OpSpec, args: Sequence[Any], options: Mapping[str, Any], precision: str = "ieee") -> None:
+        self.spec, self.precision = spec, precision
         self.arguments: Arguments = spec.bind(args, options)
         self.checked = Call(spec, *self.arguments)
         wide = "float64" in self.checked.dtypes.values()
         self.truth: Any = np.longdouble if wide else np.float64
         self.model: Any = np.float64 if wide else np.float32
+
+    def roundings(self, rounded: bool) -> dict[str, Any]:
+        """How a reference is told which roundings to make: all that are permitted, or none."""
+        if not rounded or not self.spec.permitted_roundings:
+            return {}
+
+        def rounding(name: str, values: Array) -> Array:
+            if name == TF32:
+                return _tf32(values) if self.precision == "tf32" and values.dtype == np.float32 else values
+            return _round(_round(values, self.checked.dtype), values.dtype) if self.checked.dtype in HALF else values
+
+        return {"rounding": rounding}
 
     def standards(self, function: Callable[..., Any], names: list[str], dtypes: list[str]) -> Iterator[_Standard]:
         """One for each result of `function(compute, *args, **options)`."""
@@ -238,7 +255,7 @@ class _Canonical:
         def run(compute: Any, rounded: bool, arguments: Arguments) -> list[Any]:
             args, options = arguments
             with np.errstate(all="ignore"):
-                results = function(compute, *args, **options)
+                results = function(compute, *args, **options, **self.roundings(rounded))
             if not rounded or compute is not self.model:
                 return list(results)
             return [None if r is None else _round(r, d) for r, d in zip(results, dtypes, strict=True)]
@@ -274,9 +291,11 @@ class _Canonical:
 
 def _each(change: Callable[[Array], Array], arguments: Arguments) -> Arguments:
     def one(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(one, value))
         if not isinstance(value, np.ndarray):
             return value
-        return value.copy() if value.dtype.kind in "iu" else change(value)
+        return value.copy() if value.dtype.kind in "iub" else change(value)
 
     args, options = arguments
     return tuple(map(one, args)), {k: one(v) for k, v in options.items()}
@@ -298,22 +317,22 @@ def _neighbour(arguments: Arguments, seed: int) -> Arguments:
     return _each(near, arguments)
 
 
-def _reference_call(spec: OpSpec, compute: Any, rounded: bool) -> Callable[..., Any]:
+def _reference_call(known: _Canonical, compute: Any, rounded: bool) -> Callable[..., Any]:
     """The operator in the dtype `compute`, called, and mutating, as its public function is."""
+    spec = known.spec
 
     def call(*args: Any, **options: Any) -> Any:
         bound, named = spec.bind(args, options)
         with np.errstate(all="ignore"):
-            results = spec.reference(compute, *bound, **named)
-        count = len(spec.outputs)
-        outputs = results[:count]
+            results = spec.reference(compute, *bound, **named, **known.roundings(rounded))
+        checked = Call(spec, bound, named)
+        dtypes = checked.output_dtypes()
+        outputs = results[: len(dtypes)]
         if rounded:
-            dtypes = Call(spec, bound, named).output_dtypes()
             outputs = tuple(_round(r, d) for r, d in zip(outputs, dtypes, strict=True))
-        values = {**dict(zip((p.name for p in spec.parameters), bound, strict=False)), **named}
-        for name, after in zip(spec.mutates, results[count:], strict=True):
-            values[name][...] = _round(after, values[name].dtype)
-        return outputs if count > 1 else outputs[0]
+        for (_, value), after in zip(checked.mutated(), results[len(dtypes) :], strict=True):
+            value[...] = _round(after, value.dtype)
+        return spec.pack(outputs)
 
     return call
 
@@ -366,6 +385,13 @@ def _kinds(values: Array) -> Array:
 def _round(values: Array, dtype: Any) -> Array:
     with np.errstate(all="ignore"):
         return values.astype(dtype)
+
+
+def _tf32(values: Array) -> Array:
+    """float32 rounded to the nearest with 10 bits of mantissa, ties to even; NaN and infinity as they are."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).astype(np.uint32).view(np.float32)
+    return np.where(np.isfinite(values), rounded, values)
 
 
 def _eps(dtype: str) -> float:

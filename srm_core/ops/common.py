@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers the dtype name "bfloat16" with NumPy)
@@ -11,6 +12,19 @@ import numpy.typing as npt
 from srm_core.spec import Case
 
 Array = npt.NDArray[Any]
+Rounding = Callable[[str, Array], Array]
+TF32 = "tf32 products"  # the operands of matrix products, under srm_core.precision("tf32") alone
+
+
+def exact(name: str, values: Array) -> Array:
+    """The `rounding` of a reference that makes none."""
+    return values
+
+
+def product(rounding: Rounding, a: Array, b: Array) -> Array:
+    """The matrix product a @ b, which may be one of rounded operands."""
+    result: Array = rounding(TF32, a) @ rounding(TF32, b)
+    return result
 
 
 def itemsize(dtype: str) -> int:
@@ -38,8 +52,15 @@ def generator(case: Case, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, *case.name.encode()])
 
 
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), which is 0 where exp overflows."""
+    result: Array = 1 / (1 + np.exp(-x))
+    return result
+
+
 def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
-    """Sum a gradient over the axes along which an argument of `shape` was broadcast."""
+    """Sum a gradient over the axes along which an argument of `shape` was broadcast, or that it lacks in front."""
+    gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
     axes = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)
     return gradient.sum(axis=axes, keepdims=True) if axes else gradient
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from itertools import repeat
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from srm_backends.numpy.common import Array
+
 logger = logging.getLogger(__name__)
 
 CHUNK = 32  # steps made contiguous at once: 2 * 32 rows stay in the cache, and one copy serves many steps
@@ -24,14 +23,6 @@ BLOCK = 32  # steps in a block
 ROW = 512  # rows of at most this many elements take the blocked form, if there are
 STEPS = 256  # at least this many steps
 FAINT = 1e-200  # a float64 product below this may have lost what a later large state would bring back
-
-# NaN and infinity are results like others: a kernel warns of none, whatever the caller's own error state is.
-quiet = np.errstate(over="ignore", invalid="ignore", under="ignore")
-
-
-def compute_dtype(dtype: Any) -> Any:
-    """float64 for float64, float32 for everything else."""
-    return np.float64 if dtype == np.float64 else np.float32
 
 
 def linear_recurrence(gates: Array, tokens: Array | None, state: Array, out: Array) -> Array:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from srm_backends.numpy.recurrence import Array, compute_dtype, linear_recurrence, quiet
+from srm_backends.numpy.common import Array, compute_dtype, gradient, quiet, result
+from srm_backends.numpy.recurrence import linear_recurrence
 from srm_backends.numpy.recurrent_step import at_positions, row_heads, scatter
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.common import valid_steps
@@ -69,9 +70,7 @@ def forward(
     valid = valid_steps(lengths, batch, steps)
     if valid is not None:
         y[~valid] = 0
-    final = ctx.empty(last.shape, compute if initial_state is None else initial_state.dtype)
-    final[...] = last
-    return y, final
+    return y, result(ctx, last, compute if initial_state is None else initial_state.dtype)
 
 
 @quiet
@@ -113,15 +112,8 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_final
         else:
             scatter(target, values, positions)
     d_decay = (a * before).sum((0, 1, 3))
-    results: list[Any] = []
-    for result, like in ((d_x, x), (d_weight, weight), (d_bias, bias), (d_decay, decay), (d_state, initial_state)):
-        if like is None:
-            results.append(None)
-            continue
-        out = ctx.empty(like.shape, like.dtype)
-        out[...] = result
-        results.append(out)
-    return tuple(results)
+    pairs = ((d_x, x), (d_weight, weight), (d_bias, bias), (d_decay, decay), (d_state, initial_state))
+    return tuple(gradient(ctx, g, like) for g, like in pairs)
 
 
 def _start(x: Array, initial_state: Array | None, compute: Any) -> Array:

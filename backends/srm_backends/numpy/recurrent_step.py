@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from srm_backends.numpy.recurrence import Array, compute_dtype, quiet
+from srm_backends.numpy.common import Array, compute_dtype, quiet, result
 from srm_core.context import LaunchContext, Residuals
 
 
@@ -54,10 +54,7 @@ def forward(
     mode: tuple[str, ...], index: Any,
 ) -> tuple[Array, Array]:  # fmt: skip
     y, new = _advance(x, state, weight, bias, decay, mode, index)
-    y_out, new_out = ctx.empty(x.shape, x.dtype), ctx.empty(state.shape, state.dtype)
-    y_out[...] = y
-    new_out[...] = new
-    return y_out, new_out
+    return result(ctx, y, x.dtype), result(ctx, new, state.dtype)
 
 
 @quiet
@@ -68,9 +65,7 @@ def forward_(
     rows: Any = slice(None) if slots is None else slots
     y, new = _advance(x, state[rows], weight, bias, decay, mode, index)
     state[rows] = new
-    out: Array = ctx.empty(x.shape, x.dtype)
-    out[...] = y
-    return out
+    return result(ctx, y, x.dtype)
 
 
 @quiet
@@ -88,13 +83,9 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_state
     d_weight, d_bias = np.zeros(weight.shape, compute), np.zeros(bias.shape, compute)
     scatter(d_weight, d_w, index)
     scatter(d_bias, dy.sum(-1), index)
-    results = (w_in * a, d * a, d_weight, d_bias, (a * s).sum((0, 2)))
-    outs = []
-    for result, like in zip(results, (x, state, weight, bias, decay), strict=True):
-        out = ctx.empty(like.shape, like.dtype)
-        out[...] = result
-        outs.append(out)
-    return tuple(outs)
+    gradients = (w_in * a, d * a, d_weight, d_bias, (a * s).sum((0, 2)))
+    likes = (x, state, weight, bias, decay)
+    return tuple(result(ctx, g, like.dtype) for g, like in zip(gradients, likes, strict=True))
 
 
 def scatter(into: Array, values: Array, positions: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from srm_backends.numpy.recurrence import Array, compute_dtype, linear_recurrence, quiet
+from srm_backends.numpy.common import Array, compute_dtype, gradient, quiet, result
+from srm_backends.numpy.recurrence import linear_recurrence
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.common import sum_to, valid_steps
 
@@ -41,10 +42,7 @@ def forward(
         y[...] = states
     if valid is not None:
         y[~valid] = 0
-    final_dtype = compute if initial_state is None else initial_state.dtype
-    final = ctx.empty((batch, width), final_dtype)
-    final[...] = last
-    return y, final
+    return y, result(ctx, last, compute if initial_state is None else initial_state.dtype)
 
 
 @quiet
@@ -85,9 +83,9 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_final
         a[~valid] = 0
         d_gates[~valid] = 0
     return (
-        _cast(ctx, sum_to(d_gates, gates.shape), gates),
-        None if tokens is None else _cast(ctx, a, tokens),
-        None if initial_state is None else _cast(ctx, d_state, initial_state),
+        gradient(ctx, sum_to(d_gates, gates.shape), gates),
+        gradient(ctx, a, tokens),
+        gradient(ctx, d_state, initial_state),
     )
 
 
@@ -103,9 +101,3 @@ def _pass_through(gates: Array, tokens: Array | None, valid: Array) -> tuple[Arr
     one, zero = gates.dtype.type(1), gates.dtype.type(0)
     x = None if tokens is None else np.where(where, tokens, zero.astype(tokens.dtype))
     return np.where(where, gates, one), x
-
-
-def _cast(ctx: LaunchContext, gradient: Array, like: Array) -> Array:
-    out: Array = ctx.empty(like.shape, like.dtype)
-    out[...] = gradient
-    return out

@@ -26,11 +26,11 @@ class ReferenceKernel:
     def __call__(self, ctx: LaunchContext, *args: Any, **options: Any) -> Any:
         call = Call(self.spec, args, options)
         results = self.spec.reference(np.float64, *args, **options)
-        count = len(self.spec.outputs)
-        outputs = tuple(_rounded(ctx, r, d) for r, d in zip(results[:count], call.output_dtypes(), strict=True))
-        for name, after in zip(self.spec.mutates, results[count:], strict=True):
-            call.values[name][...] = after
-        return outputs if count > 1 else outputs[0]
+        dtypes = call.output_dtypes()
+        outputs = [_rounded(ctx, r, d) for r, d in zip(results[: len(dtypes)], dtypes, strict=True)]
+        for (_, value), after in zip(call.mutated(), results[len(dtypes) :], strict=True):
+            value[...] = after
+        return self.spec.pack(outputs)
 
     @quiet
     def vjp(self, ctx: LaunchContext, residuals: Residuals, *grads: Any) -> tuple[Any, ...]:
