@@ -1,9 +1,10 @@
-"""Measure the targets of a 2-core CPU for `scan` and dispatch: ratios, ours and the plain form interleaved in one run.
+"""Measure the targets of a 2-core CPU: ratios of neighbours in time, all in one run.
 
     python asv_bench/cpu_targets.py [--json FILE]
 
 scan: against a plain loop over T in NumPy, both with fresh outputs. Dispatch: what a memo hit adds to a call
-of the same kernel function, and what `bind` adds. Import: a fresh interpreter.
+of the same kernel function, and what `bind` adds. Import: a fresh interpreter. The other operators: against
+torch, see `cpu_peers`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "2")
 
 import numpy as np  # noqa: E402
+from cpu_peers import PEERS, Peers  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -165,7 +167,9 @@ def main() -> None:
     args = parser.parse_args()
     jobs: list[Callable[[], list[dict[str, Any]]]] = [dispatch_rows, lambda: [import_row()]]
     jobs += [lambda s=shape, t=target: [scan_row(s, t)] for shape, target in SCANS]  # type: ignore[misc]
-    rows = [row for job in track(jobs, "measuring", console=Console(stderr=True), transient=True) for row in job()]
+    with Peers() as peers:
+        jobs += [lambda w=what, t=target: [peers.row(w, t)] for what, _, _, target in PEERS]  # type: ignore[misc]
+        rows = [row for job in track(jobs, "measuring", console=Console(stderr=True), transient=True) for row in job()]
     table = Table("what", "ours", "other", "ratio", "target", "met", title="CPU targets")
     for row in rows:
         table.add_row(

@@ -49,7 +49,8 @@ class Call:
                     given.append((p.name, p, value))
             elif p.many:
                 if not isinstance(value, tuple):
-                    raise self.error(p.name, f"a {type(value).__name__}", f"a sequence of arrays {shown(p.axes)}")
+                    found = "None" if value is None else f"a {type(value).__name__}"
+                    raise self.error(p.name, found, f"a sequence of arrays {shown(p.axes)}")
                 given += ((name, p, one) for name, one in arrays_of(p.name, value))
             elif value is not None:
                 given.append((p.name, p, value))
