@@ -26,6 +26,12 @@ from srm_core.errors import (
 from srm_core.gradients import vjp
 from srm_core.hookspecs import hookimpl
 from srm_core.listing import list_backends, report
+from srm_core.ops.attention import attention
+from srm_core.ops.conv_bn import conv_bn
+from srm_core.ops.conv_bn_train import conv_bn_train
+from srm_core.ops.lstm import lstm
+from srm_core.ops.mdi import mdi
+from srm_core.ops.mdi_recurrence import mdi_recurrence
 from srm_core.ops.recurrent_mix import recurrent_mix
 from srm_core.ops.recurrent_step import recurrent_step
 from srm_core.ops.recurrent_step_ import recurrent_step_
@@ -47,12 +53,18 @@ __all__ = [
     "UndeclaredFeature",
     "UnknownNameError",
     "VocabularyError",
+    "attention",
     "bind",
     "call",
+    "conv_bn",
+    "conv_bn_train",
     "deterministic",
     "explain",
     "hookimpl",
     "list_backends",
+    "lstm",
+    "mdi",
+    "mdi_recurrence",
     "precision",
     "recurrent_mix",
     "recurrent_step",

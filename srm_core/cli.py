@@ -240,6 +240,22 @@ def explain(
 
 
 @app.command
+def describe(op: str, /, *, markdown: bool = False) -> None:
+    """The page of an operator: its formula, arguments, results, errors, and which built-in backends have it.
+
+    Parameters
+    ----------
+    op
+        The operator.
+    markdown
+        As Markdown, also on a terminal.
+    """
+    from srm_core.commands.describe import run
+
+    run(op, markdown, _Console(highlight=False))
+
+
+@app.command
 def report(*, json: bool = False) -> None:
     """Versions, devices and the environment variables in force; paste it into a bug report.
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from srm_core.describe import describe
+from srm_core.ops import SPECS
+
 
 def srm(*arguments: str, stdin: str | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("SRM_")} | environ
@@ -114,7 +117,9 @@ def test_closed_pipe():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["backends"], ["report"], ["explain", "scan", "f32[1,2,3]"], ["--help"]], ids=str
+    "arguments",
+    [["backends"], ["report"], ["explain", "scan", "f32[1,2,3]"], ["describe", "scan"], ["--help"]],
+    ids=str,
 )
 def test_closed_pipe_of_a_table(arguments):
     """What Rich prints, too."""
@@ -180,7 +185,28 @@ def test_backends():
         assert word in run.stdout
     table = json.loads(srm("backends", "--json").stdout)
     assert {b["name"] for b in table["backends"]} == {"numpy", "reference"}
-    assert {c["op"] for c in table["operators"]} == {"recurrent_step", "recurrent_step_", "recurrent_mix", "scan"}
+    assert {c["op"] for c in table["operators"]} == set(SPECS)
+
+
+def test_describe():
+    run = srm("describe", "recurrent_mix")
+    assert run.returncode == 0
+    assert run.stdout == srm("describe", "recurrent_mix", "--markdown").stdout
+    assert run.stdout == describe("recurrent_mix")
+    refused(srm("describe", "recurent_mix"), "no operator is called 'recurent_mix'", "did you mean 'recurrent_mix'?")
+
+
+def test_describe_on_a_terminal(monkeypatch, capsys):
+    from rich.console import Console
+
+    from srm_core.commands.describe import run
+
+    run("scan", False, Console(force_terminal=True, width=100))
+    shown = capsys.readouterr().out
+    assert "\x1b" in shown
+    assert "](" not in shown
+    run("scan", True, Console(force_terminal=True))
+    assert "](README.md)" in capsys.readouterr().out
 
 
 def test_explain():
@@ -231,7 +257,9 @@ def test_plain_text_when_not_a_terminal():
     assert "\x1b" not in srm("backends").stdout + srm("report").stdout
 
 
-@pytest.mark.parametrize("command", [["backends"], ["generate", "--tokens", "2"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [["backends"], ["describe", "scan"], ["generate", "--tokens", "2"]], ids=lambda c: c[0]
+)
 def test_imports_no_other_array_library(command):
     """Neither listing nor writing text on NumPy loads torch, triton or cupy, installed or not."""
     code = (

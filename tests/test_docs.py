@@ -7,7 +7,9 @@ import doctest
 import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
 import srm_core
-from srm_core import cli, config, spec
+from srm_core import cli, config, describe, spec
+from srm_core.ops import SPECS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -140,11 +143,87 @@ def test_everything_public_is_named() -> None:
     assert not [f for f in fields if f"`{f}" not in page("reference/specifications.md")]
 
 
-@pytest.mark.parametrize("folder", ["", "adr"])
+OPERATOR_PAGES = runpy.run_path(str(ROOT / "docs/build_operator_pages.py"))
+
+
+@pytest.mark.parametrize("folder", INDEXED := ["", "adr", "reference/operators"])
 def test_every_page_is_in_the_index(folder: str) -> None:
     index = page(f"{folder}/README.md".lstrip("/"))
-    pages = [p for p in PAGES[1:] if p.name != "README.md" and (p.parent.name == "adr") == bool(folder)]
+    folders = {p: p.parent.relative_to(ROOT / "docs").as_posix() for p in PAGES[1:] if p.name != "README.md"}
+    pages = [p for p, of in folders.items() if of == folder or (not folder and of not in INDEXED)]
     assert not [p for p in pages if p.name not in index]
+
+
+def test_operator_pages_are_those_of_the_specifications(capsys: pytest.CaptureFixture[str]) -> None:
+    stale = OPERATOR_PAGES["main"](["--check"])
+    assert not stale, capsys.readouterr().out
+
+
+def test_stale_operator_pages_are_named_and_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("images", "examples"))
+    operators = tmp_path / "docs/reference/operators"
+    (operators / "scan.md").write_text("# scan\n", encoding="utf-8")
+    (operators / "gone.md").touch()
+    (operators / "recurrent_mix.md").unlink()
+    build = OPERATOR_PAGES["main"]
+    assert build(["--check"], tmp_path) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "python docs/build_operator_pages.py" in line]
+    for stale in ("scan", "gone", "recurrent_mix"):
+        assert any(f"docs/reference/operators/{stale}.md: stale" in line for line in lines)
+    assert build([], tmp_path) == 0
+    assert build(["--check"], tmp_path) == 0
+    assert not (operators / "gone.md").exists()
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_an_operator_says_all_that_its_page_needs(op: str) -> None:
+    known = SPECS[op]
+    assert known.formula
+    assert known.source
+    silent = [v.name for v in (*known.parameters, *known.outputs) if not v.doc]
+    assert not silent, f"{op}: no doc: {', '.join(silent)}"
+    unclean = [v.name for v in (*known.parameters, *known.outputs) if v.doc.endswith(".") or "\n" in v.doc]
+    assert not unclean, f"{op}: the doc of {', '.join(unclean)} is no line without a stop"
+    laws = [law.name for law in known.invariants if not law.pairs.__doc__]
+    assert not laws, f"{op}: no docstring: {', '.join(laws)}"
+    assert ">>> " in str(getattr(srm_core, op).__doc__), f"{op}: its docstring has no example"
+
+
+def test_every_permitted_rounding_has_its_reason() -> None:
+    section = page("explanation/tolerances.md").partition("| name |")[2].partition("\n\n")[0]
+    reasons = re.findall(r"^\| `([^`]+)` \|", section, flags=re.M)
+    assert len(set(reasons)) == len(reasons)
+    assert set(reasons) == {name for known in SPECS.values() for name in known.permitted_roundings}
+
+
+def test_a_page_holds_what_a_specification_can_say() -> None:
+    """Beyond what the operators of today say, and plain text that could be taken for markup."""
+    toy = spec.OpSpec(
+        "toy", 1, "a|b * c",
+        parameters=(
+            spec.TensorSpec("x", ("B T", "B 2T"), doc="a * b"),
+            spec.TensorSpec("mask", ("B? *",), role="mask", optional=True),
+            spec.TensorSpec("levels", ("...",), many=True),
+            spec.OptionSpec("eps", default=1e-6, keyword=True),
+        ),
+        outputs=(), reference=lambda: (), mutates=("levels",), permitted_roundings=("h", "tf32 products"),
+    )  # fmt: skip
+    text = describe.page(toy, {}, "Nothing.\n\n>>> a = 1\n>>> a\n1\n")
+    for part in (
+        "# toy\n\nA\\|b \\* c.\n",
+        '    srm_core.call("toy", x, mask, levels, *, eps=1e-6) -> None\n',
+        "```python\na = 1\n```\n\n```python\n>>> a\n1\n```\n",
+        "| `x` | (B, T) or (B, 2T) | activation |  | a \\* b |",
+        "| `mask` | (B?, \\*) | mask | may be None |",
+        "| `levels` | a sequence of one shape |",
+        '2T is 2 times T, an extent with "?" may be 1 instead, \\* is any extent',
+        "It returns None. It updates `levels` in place",
+        "It has no gradient.",
+        "may be rounded to a half type: `h`.",
+        'precision("tf32")',
+    ):
+        assert part in text, part
 
 
 def test_figures_are_those_of_the_recorded_run() -> None:

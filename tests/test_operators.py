@@ -173,11 +173,11 @@ def strided(a: np.ndarray) -> np.ndarray:
 
 
 def fortran(a: np.ndarray) -> np.ndarray:
-    return np.asfortranarray(a)
+    return np.asfortranarray(a) if a.ndim else a
 
 
 def backwards(a: np.ndarray) -> np.ndarray:
-    flip = (slice(None, None, -1),) * a.ndim
+    flip = (..., *(slice(None, None, -1),) * a.ndim)
     return a[flip].copy()[flip]
 
 

@@ -325,6 +325,27 @@ def test_work_grows_with_size(spec: OpSpec, case: Case) -> None:
     assert all(a < b for a, b in pairwise(sizes)) or empty
 
 
+@each_spec
+def test_a_reference_makes_the_permitted_roundings_and_no_others(spec: OpSpec) -> None:
+    made: set[str] = set()
+
+    def rounding(name: str, values: np.ndarray) -> np.ndarray:
+        made.add(name)
+        return values
+
+    functions = [f for f in (spec.reference, spec.vjp) if f is not None]
+    assert {"rounding" in inspect.signature(f).parameters for f in functions} == {bool(spec.permitted_roundings)}
+    how = {"rounding": rounding} if spec.permitted_roundings else {}
+    for case in (c for c in spec.cases if "ci" in c.tags):
+        args, options = spec.bind(*spec.sample(case, "float32"))
+        with np.errstate(all="ignore"):
+            results = spec.reference(np.float32, *args, **options, **how)
+            if spec.vjp is not None:
+                spec.vjp(np.float32, results, *args, **options, **how)
+    assert made == set(spec.permitted_roundings)
+    assert len(spec.permitted_roundings) == len(made)
+
+
 # (operator, case, operations, bytes in float32), counted by hand
 COUNTS = [
     # small: 2*7*5 = 70 elements; gates, tokens and y, and a final state of 2*5

@@ -384,7 +384,7 @@ def _kinds(values: Array) -> Array:
 
 def _round(values: Array, dtype: Any) -> Array:
     with np.errstate(all="ignore"):
-        return values.astype(dtype)
+        return np.asarray(values).astype(dtype)  # a result without axes may be a scalar
 
 
 def _tf32(values: Array) -> Array:

@@ -13,6 +13,7 @@ from srm_core.spec import Case
 
 Array = npt.NDArray[Any]
 Rounding = Callable[[str, Array], Array]
+STATE, GATE_GRADIENTS = "h", "gate gradients"  # operands of the products of lstm and mdi_recurrence
 TF32 = "tf32 products"  # the operands of matrix products, under srm_core.precision("tf32") alone
 
 
@@ -32,7 +33,7 @@ def itemsize(dtype: str) -> int:
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> Array:
-    return (scale * rng.standard_normal(shape)).astype(dtype)
+    return np.asarray(scale * rng.standard_normal(shape)).astype(dtype)
 
 
 def uniform(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, low: float, high: float) -> Array:
@@ -68,3 +69,12 @@ def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
 def valid_steps(lengths: Array | None, batch: int, longest: int) -> Array | None:
     """Which of the (B, T) steps lie within their sequence; None if all do."""
     return None if lengths is None else np.arange(longest) < np.asarray(lengths)[:, None]
+
+
+def steps_of(x: Array, lengths: Array | None) -> list[tuple[int, Array]]:
+    """Each step t of (B, T, ...), and which sequences run at it, (B, 1)."""
+    batch, steps = x.shape[:2]
+    valid = valid_steps(lengths, batch, steps)
+    if valid is None:
+        valid = np.ones((batch, steps), bool)
+    return [(t, valid[:, t, None]) for t in range(steps)]

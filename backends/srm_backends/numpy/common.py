@@ -20,6 +20,14 @@ def compute_dtype(dtype: Any) -> Any:
     return np.float64 if dtype == np.float64 else np.float32
 
 
+def sigmoid_(x: Array) -> Array:
+    """1 / (1 + exp(-x)) in place."""
+    np.negative(x, out=x)
+    np.exp(x, out=x)
+    np.add(x, 1, out=x)
+    return np.reciprocal(x, out=x)
+
+
 def result(ctx: LaunchContext, values: Array, dtype: Any) -> Array:
     """An output or gradient: `values` in memory of the caller's, rounded to `dtype`."""
     out: Array = ctx.empty(values.shape, dtype)

@@ -12,6 +12,12 @@ KERNELS = (
     Kernel("recurrent_mix", f"{HERE}.recurrent_mix:forward", f"{HERE}.recurrent_mix:backward"),
     Kernel("recurrent_step", f"{HERE}.recurrent_step:forward", f"{HERE}.recurrent_step:backward"),
     Kernel("recurrent_step_", f"{HERE}.recurrent_step:forward_"),
+    Kernel("mdi", f"{HERE}.mdi:forward", f"{HERE}.mdi:backward"),
+    Kernel("mdi_recurrence", f"{HERE}.mdi_recurrence:forward", f"{HERE}.mdi_recurrence:backward"),
+    Kernel("lstm", f"{HERE}.lstm:forward", f"{HERE}.lstm:backward"),
+    Kernel("attention", f"{HERE}.attention:forward", f"{HERE}.attention:backward"),
+    Kernel("conv_bn", f"{HERE}.conv_bn:forward", f"{HERE}.conv_bn:backward"),
+    Kernel("conv_bn_train", f"{HERE}.conv_bn:forward_train", f"{HERE}.conv_bn:backward_train"),
 )
 
 

@@ -34,6 +34,17 @@ def recurrent_mix(
     float32 for half x. A sequence in two chunks equals the whole. Half types accumulate in float32.
 
     Errors: `ContractError`, `NoBackendError`.
+
+    >>> import numpy as np, srm_core
+    >>> rng = np.random.default_rng(0)
+    >>> x, weight, bias = rng.normal(size=(2, 10, 2, 3)), rng.normal(size=(2, 16)), rng.normal(size=(2, 16))
+    >>> parameters = weight, bias, np.array([0.9, 1.0]), ("row", "col")
+    >>> whole, final = srm_core.recurrent_mix(x, *parameters)
+    >>> first, state = srm_core.recurrent_mix(x[:, :4], *parameters)
+    >>> second, state = srm_core.recurrent_mix(x[:, 4:], *parameters, state, start=4)  # in two chunks
+    >>> np.allclose(np.concatenate([first, second], axis=1), whole), np.allclose(state, final)
+    (True, True)
+    >>> y, state = srm_core.recurrent_step(x[:, 0], state, *parameters, 10)  # go on in steps
     """
     mode = host_tuple(mode)
     result: tuple[Any, Any] = _operator.run(backend, x, weight, bias, decay, mode, initial_state, start, lengths)

@@ -10,7 +10,7 @@ from srm_core.contract import as_index, check_lengths
 from srm_core.errors import ContractError
 from srm_core.ops.recurrent_mix import cases
 from srm_core.ops.recurrent_mix.reference import reference, vjp
-from srm_core.ops.recurrent_step.spec import PARAMETERS
+from srm_core.ops.recurrent_step.spec import PARAMETERS, SOURCE
 from srm_core.spec import Invariant, OpSpec, OptionSpec, OutputSpec, ResidualSpec, TensorSpec
 
 
@@ -37,15 +37,25 @@ SPEC = OpSpec(
     version=1,
     summary="the structured recurrent mixer over a whole sequence (training, prefill)",
     parameters=(
-        TensorSpec("x", ("B T H D",)),
+        TensorSpec("x", ("B T H D",), doc="the inputs of the steps"),
         *PARAMETERS,
-        TensorSpec("initial_state", ("B H D",), role="state", optional=True),
-        OptionSpec("start", _check_start, default=0, keyword=True, dynamic=True, axes=("B",)),
-        TensorSpec("lengths", ("B",), role="integer", optional=True, keyword=True),
+        TensorSpec("initial_state", ("B H D",), role="state", optional=True, doc="s[-1]; None: 0"),
+        OptionSpec(
+            "start",
+            _check_start,
+            default=0,
+            keyword=True,
+            dynamic=True,
+            axes=("B",),
+            doc="the position of x[:, 0], 0 <= start <= L-T; out of range as the index of recurrent_step",
+        ),
+        TensorSpec("lengths", ("B",), role="integer", optional=True, keyword=True, doc="0 <= length <= T; None: all T"),
     ),
     outputs=(
-        OutputSpec("y", "B T H D", like=("x",)),
-        OutputSpec("final_state", "B H D", like=("initial_state",), state=True),
+        OutputSpec("y", "B T H D", like=("x",), doc="0 beyond a length"),
+        OutputSpec(
+            "final_state", "B H D", like=("initial_state",), state=True, doc="the state at each sequence's length"
+        ),
     ),
     reference=reference,
     vjp=vjp,
@@ -61,4 +71,10 @@ SPEC = OpSpec(
     ),
     flops=cases.flops,
     bytes=cases.bytes_moved,
+    formula=(
+        "row: s[t] = w[t]*x[t] + d*s[t-1],  y[t] = s[t] + b[t]\n"
+        "col: s[t] = x[t] + d*s[t-1],  y[t] = w[t]*s[t] + b[t]\n"
+        "with w[t] = weight[h, start + t], b[t] = bias[h, start + t], d = decay[h] of head h"
+    ),
+    source=SOURCE,
 )

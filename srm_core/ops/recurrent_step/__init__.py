@@ -32,6 +32,13 @@ def recurrent_step(
     Returns (y, new_state), both (B, H, D): y of x's dtype, new_state of state's. Half types compute in float32.
 
     Errors: `ContractError`, `NoBackendError`.
+
+    >>> import numpy as np, srm_core
+    >>> x, state = np.ones((1, 2, 1)), np.full((1, 2, 1), 10.0)  # one sequence, two heads, one channel
+    >>> weight, bias, decay = np.full((2, 4), 3.0), np.zeros((2, 4)), np.array([0.5, 0.5])
+    >>> y, state = srm_core.recurrent_step(x, state, weight, bias, decay, ("row", "col"), 0)
+    >>> y.ravel().tolist(), state.ravel().tolist()
+    ([8.0, 18.0], [8.0, 6.0])
     """
     result: tuple[Any, Any] = _operator.run(backend, x, state, weight, bias, decay, host_tuple(mode), index)
     return result

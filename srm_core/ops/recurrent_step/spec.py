@@ -12,11 +12,26 @@ from srm_core.ops.recurrent_step import cases
 from srm_core.ops.recurrent_step.reference import reference, vjp
 from srm_core.spec import Invariant, OpSpec, OptionSpec, OutputSpec, TensorSpec
 
+FORMULA = (
+    "row: s' = w*x + d*s,  y = s' + b\n"
+    "col: s' = x + d*s,  y = w*s' + b\n"
+    "with w = weight[h, index], b = bias[h, index], d = decay[h] of head h"
+)
+SOURCE = (
+    "the recurrent form of the structured mixer's lower-triangular matrices, "
+    "M[t, s] = d^(t-s) w[s] (row) and d^(t-s) w[t] (col)"
+)
 PARAMETERS = (
-    TensorSpec("weight", ("H L",), role="parameter"),
-    TensorSpec("bias", ("H L",), role="parameter"),
-    TensorSpec("decay", ("H",), role="parameter"),
-    OptionSpec("mode", check_modes),
+    TensorSpec("weight", ("H L",), role="parameter", doc="w of each head at each of L positions"),
+    TensorSpec("bias", ("H L",), role="parameter", doc="b likewise"),
+    TensorSpec("decay", ("H",), role="parameter", doc="d of each head"),
+    OptionSpec("mode", check_modes, doc='H words, "row" or "col"; a host sequence, a tuple saves time'),
+)
+
+
+INDEX = (
+    "the position, 0 <= index < L; a host integer out of range is an error, while a value of an array that is gives "
+    "NaN for w and b: y is NaN, the state of a row head too, and the state of a col head stays finite"
 )
 
 
@@ -41,14 +56,14 @@ SPEC = OpSpec(
     version=1,
     summary="one decode step of the structured recurrent mixer",
     parameters=(
-        TensorSpec("x", ("B H D",)),
-        TensorSpec("state", ("B H D",), role="state"),
+        TensorSpec("x", ("B H D",), doc="the input of this step"),
+        TensorSpec("state", ("B H D",), role="state", doc="s, what the steps before have left"),
         *PARAMETERS,
-        OptionSpec("index", check_index, dynamic=True, axes=("", "B")),
+        OptionSpec("index", check_index, dynamic=True, axes=("", "B"), doc=INDEX),
     ),
     outputs=(
-        OutputSpec("y", "B H D", like=("x",)),
-        OutputSpec("new_state", "B H D", like=("state",), state=True),
+        OutputSpec("y", "B H D", like=("x",), doc="the output of this step"),
+        OutputSpec("new_state", "B H D", like=("state",), state=True, doc="s', for the next step"),
     ),
     reference=reference,
     vjp=vjp,
@@ -62,4 +77,6 @@ SPEC = OpSpec(
     ),
     flops=cases.flops,
     bytes=cases.bytes_moved,
+    formula=FORMULA,
+    source=SOURCE,
 )

@@ -26,5 +26,12 @@ def recurrent_step_(
     Returns y, (B, H, D), of x's dtype. There is no gradient: the old state is gone.
 
     Errors: `ContractError`, `NoBackendError`; state is then as it was.
+
+    >>> import numpy as np, srm_core
+    >>> state = np.zeros((4, 1, 2))  # room for four sequences
+    >>> x, weight, bias = np.ones((1, 1, 2)), np.ones((1, 8)), np.zeros((1, 8))
+    >>> y = srm_core.recurrent_step_(x, state, weight, bias, np.array([0.5]), ("row",), 0, slots=np.array([2]))
+    >>> state[:, 0].tolist()
+    [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
     """
     return _operator.run(backend, x, state, weight, bias, decay, host_tuple(mode), index, slots)

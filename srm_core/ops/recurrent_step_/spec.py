@@ -12,7 +12,7 @@ from srm_core.contract import as_index, check_writable
 from srm_core.errors import ContractError
 from srm_core.ops.common import Array
 from srm_core.ops.recurrent_step.reference import reference as step_reference
-from srm_core.ops.recurrent_step.spec import PARAMETERS, check_range
+from srm_core.ops.recurrent_step.spec import FORMULA, INDEX, PARAMETERS, SOURCE, check_range
 from srm_core.ops.recurrent_step_ import cases
 from srm_core.spec import Invariant, OpSpec, OptionSpec, OutputSpec, TensorSpec
 
@@ -69,13 +69,27 @@ SPEC = OpSpec(
     version=1,
     summary="one decode step that updates the states in place, at chosen rows",
     parameters=(
-        TensorSpec("x", ("B H D",), differentiable=False),
-        TensorSpec("state", ("N H D",), role="state", differentiable=False),
+        TensorSpec("x", ("B H D",), differentiable=False, doc="the input of this step"),
+        TensorSpec(
+            "state",
+            ("N H D",),
+            role="state",
+            differentiable=False,
+            doc="s, updated to s' at the rows slots, and nowhere else",
+        ),
         *PARAMETERS,
-        OptionSpec("index", _check_index, dynamic=True, axes=("", "B")),
-        TensorSpec("slots", ("B",), role="integer", optional=True, keyword=True),
+        OptionSpec("index", _check_index, dynamic=True, axes=("", "B"), doc=INDEX),
+        TensorSpec(
+            "slots",
+            ("B",),
+            role="integer",
+            optional=True,
+            keyword=True,
+            doc="the row of each sequence, all distinct, 0 <= slot < N; None: row i for sequence i, and N must be B; "
+            "one out of range in device memory, which is not checked, gives NaN in y and changes no state",
+        ),
     ),
-    outputs=(OutputSpec("y", "B H D", like=("x",)),),
+    outputs=(OutputSpec("y", "B H D", like=("x",), doc="the output of this step"),),
     reference=reference,
     constrain=_constrain,
     check_values=_check_values,
@@ -86,4 +100,6 @@ SPEC = OpSpec(
     invariants=(Invariant("equals recurrent_step", cases.equals_step),),
     flops=cases.flops,
     bytes=cases.bytes_moved,
+    formula=FORMULA,
+    source=SOURCE,
 )
