@@ -357,6 +357,18 @@ COUNTS = [
     ("recurrent_step_", "row", 120, 4 * (4 * 30 + 9)),
     # row: 2*9*3*5 = 270 elements: x and y; weight and bias of 3*9, decay of 3; a final state of 30
     ("recurrent_mix", "row", 1080, 4 * (540 + 54 + 3 + 30)),
+    # small: 30 elements; 8 operations, three sigmoids of 5, a product; 5 tensors in, 2 out
+    ("mdi", "small", 30 * 24, 4 * 7 * 30),
+    # small: 10 steps of 3 * 2 * 16 and 20 * 4; z, gamma and h; weights of 3 * 16 and 2 * 4; two states of 8
+    ("mdi_recurrence", "small", 10 * (96 + 80), 4 * (3 * 40 + 48 + 8 + 16)),
+    # small: 10 steps of 2 * 16 * (3 + 4) and 30 * 4; x and y; weights of 16 * 7, two biases of 16; two states of 8
+    ("lstm", "small", 10 * (224 + 120), 4 * (10 * 7 + 112 + 32 + 16)),
+    # small: 2*3 heads of 5*5 pairs, two products of 4; four tensors of 2*3*5*4
+    ("attention", "small", 6 * 25 * 16, 4 * 4 * 120),
+    # causal: 2*2 heads of 33*34/2 pairs, two products of 8
+    ("attention", "causal", 4 * 561 * 32, 4 * 4 * 4 * 33 * 8),
+    # small: y of 2*4*4*5 = 160 elements, each 3*9 products, shift and activation; x of 2*3*6*7, weight 4*27, 5 vectors
+    ("conv_bn", "small", 160 * 56, 4 * (252 + 108 + 160 + 5 * 4)),
 ]
 
 

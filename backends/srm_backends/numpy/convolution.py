@@ -3,7 +3,7 @@
 The columns (pixels, R*S*J) of a block are gathered from a padded image in channels-last order, where a kernel's
 row is one run of S*J numbers, into a few megabytes that are used again for each block: the whole matrix, R*S times
 the image, is never made. Gathering costs a fifth of the product at 64 channels and less above, so forms that save
-gathering and split the product (by taps, by kernel rows) lose. The product writes pixels by channels or, transposed,
+gathering but split the product by kernel rows gain nothing. The product writes pixels by channels or, transposed,
 channels by pixels, which is y itself in either memory format. A pointwise kernel needs no gathering. Where each
 input channel is a group of its own there is no product to speak of: there the taps are multiplied and added.
 
