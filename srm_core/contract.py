@@ -122,6 +122,10 @@ class Call:
         """The dtype of each array that the call returns, by the rules of `OutputSpec`."""
         return tuple(self._output_dtype(o) for _, o in self._outputs())
 
+    def output_formats(self) -> tuple[str, ...]:
+        """For each array that the call returns, the argument whose memory format it has, or ""."""
+        return tuple(o.format for _, o in self._outputs())
+
     def _outputs(self) -> list[tuple[str, OutputSpec]]:
         outputs: list[tuple[str, OutputSpec]] = []
         for o in self.spec.outputs:

@@ -82,7 +82,8 @@ Parameter = TensorSpec | OptionSpec
 class OutputSpec:
     """An output. Its dtype is that of the first given tensor in `like`; a state without one follows the rule
     for states: float32 beside half activations, else the activation's dtype. many: it is a tuple of arrays, of
-    the length `many(values)`, the values of the call by name."""
+    the length `many(values)`, the values of the call by name. format: the argument whose memory format it has,
+    channels-last where that is dense in that order, else row-major."""
 
     name: str
     axes: str
@@ -90,6 +91,7 @@ class OutputSpec:
     state: bool = False
     doc: str = ""
     many: Callable[[Mapping[str, Any]], int] | None = None
+    format: str = ""
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,19 @@ def test_results_have_the_memory_format_of_x(op: str, name: str, dtype: str) -> 
         close(a.astype("float64"), b.astype("float64"), 2e-3 if dtype == "float16" else 1e-5)
 
 
+@pytest.mark.parametrize("op", ["conv_bn", "conv_bn_train"])
+@each_backend
+def test_torch_tensors_keep_their_memory_format(op: str, backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    (x, *rest), options = SPECS[op].sample(case_of("padded"), "float32")
+    rest = [None if a is None else torch.from_numpy(a) for a in rest]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        images = torch.from_numpy(x).contiguous(memory_format=memory_format)
+        y = SPECS[op].unpack(getattr(srm_core, op)(images, *rest, **options, backend=backend))[0]
+        assert type(y) is torch.Tensor
+        assert y.is_contiguous(memory_format=memory_format)
+
+
 def test_a_list_means_the_pair() -> None:
     args, _ = CONV.sample(case_of("pairs"), "float64")
     lists = {"stride": [2, 1], "padding": [0, 2], "dilation": [1, 3]}

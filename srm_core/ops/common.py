@@ -59,6 +59,11 @@ def sigmoid(x: Array) -> Array:
     return result
 
 
+def is_channels_last(images: Array) -> bool:
+    """Are they (B, C, H, W) dense in channels-last order, and not in their own as well?"""
+    return bool(images.transpose(0, 2, 3, 1).flags.c_contiguous and not images.flags.c_contiguous)
+
+
 def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     """Sum a gradient over the axes along which an argument of `shape` was broadcast, or that it lacks in front."""
     gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))

@@ -19,11 +19,11 @@ from srm_backends.numpy.convolution import (
     convolve,
     images_of,
     input_gradient,
-    is_channels_last,
     sum_rows,
     weight_gradient,
 )
 from srm_core.context import LaunchContext, Residuals
+from srm_core.ops.common import is_channels_last
 from srm_core.ops.conv_bn.convolution import Geometry, geometry
 
 CHUNK = 1 << 16  # numbers that are passed over several times while the cache holds them

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from srm_backends.numpy.common import Array
+from srm_core.ops.common import is_channels_last
 from srm_core.ops.conv_bn.convolution import Geometry, Pair
 
 BLOCK = 1 << 22  # bytes of columns: from 2 MB on the product runs at its full speed, and they stay in the last cache
@@ -29,11 +30,6 @@ ROWS = 16  # that are summed in float32 at once
 # What is done to each block of the result while the cache holds it: (block, its channels) -> None. A block is
 # (images, pixels, channels), or (images, channels, pixels) where not channels-last.
 Finish = Callable[[Array, slice], None]
-
-
-def is_channels_last(x: Array) -> bool:
-    """Is x (B, C, H, W) dense in channels-last order, and not in its own as well?"""
-    return x.transpose(0, 2, 3, 1).flags.c_contiguous and not x.flags.c_contiguous
 
 
 def images_of(flat: Array, extent: Pair, channels_last: bool) -> Array:

@@ -9,11 +9,12 @@ import numpy as np
 
 from srm_core.context import LaunchContext, Residuals
 from srm_core.contract import Call
+from srm_core.ops.common import is_channels_last
 from srm_core.registry import registry
 from srm_core.spec import OpSpec
 
 # NaN and infinity are results like others, also float64 past the range of a half type: none is warned of.
-quiet = np.errstate(over="ignore", invalid="ignore", under="ignore")
+quiet = np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
 
 
 class ReferenceKernel:
@@ -27,7 +28,10 @@ class ReferenceKernel:
         call = Call(self.spec, args, options)
         results = self.spec.reference(np.float64, *args, **options)
         dtypes = call.output_dtypes()
-        outputs = [_rounded(ctx, r, d) for r, d in zip(results[: len(dtypes)], dtypes, strict=True)]
+        outputs = [
+            _rounded(ctx, r, d, bool(f) and is_channels_last(call.values[f]))
+            for r, d, f in zip(results[: len(dtypes)], dtypes, call.output_formats(), strict=True)
+        ]
         for (_, value), after in zip(call.mutated(), results[len(dtypes) :], strict=True):
             value[...] = after
         return self.spec.pack(outputs)
@@ -44,8 +48,12 @@ class ReferenceKernel:
         )
 
 
-def _rounded(ctx: LaunchContext, result: Any, dtype: str) -> Any:
-    out = ctx.empty(result.shape, dtype)
+def _rounded(ctx: LaunchContext, result: Any, dtype: str, channels_last: bool = False) -> Any:
+    if channels_last:
+        batch, channels, height, width = result.shape
+        out = ctx.empty((batch, height, width, channels), dtype).transpose(0, 3, 1, 2)
+    else:
+        out = ctx.empty(result.shape, dtype)
     out[...] = result
     return out
 

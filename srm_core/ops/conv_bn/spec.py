@@ -33,7 +33,7 @@ SPEC = OpSpec(
         BN_BIAS,
         *OPTIONS,
     ),
-    outputs=(OutputSpec("y", "B O P Q", doc="in the memory format of x"),),
+    outputs=(OutputSpec("y", "B O P Q", format="x", doc="in the memory format of x"),),
     shape_order=("x", "weight"),
     reference=reference,
     vjp=vjp,

@@ -24,7 +24,7 @@ SPEC = OpSpec(
     summary="convolution, then batch norm with the statistics of the batch, then activation",
     parameters=(IMAGE, WEIGHT, BIAS, BN_WEIGHT, BN_BIAS, *OPTIONS),
     outputs=(
-        OutputSpec("y", "B O P Q", doc="in the memory format of x"),
+        OutputSpec("y", "B O P Q", format="x", doc="in the memory format of x"),
         OutputSpec("batch_mean", "O", state=True, doc="the mean of the convolution over batch and pixels"),
         OutputSpec("batch_var", "O", state=True, doc="its biased variance"),
     ),
