@@ -106,7 +106,7 @@ def judge_forward(
     mutates = [name for name, _ in call.checked.mutated()]
     names = [*call.checked.output_names(), *(f"{n} after the call" for n in mutates)]
     dtypes = [*call.checked.output_dtypes(), *(call.checked.dtypes[n] for n in mutates)]
-    return _judge(call.standards(spec.reference, names, dtypes), [*outputs, *mutated], FORWARD)
+    return _judge(call.standards(spec.reference, names, dtypes, FORWARD), [*outputs, *mutated], FORWARD)
 
 
 def judge_vjp(
@@ -126,7 +126,7 @@ def judge_vjp(
     def vjp(compute: Any, *args: Any, **options: Any) -> Any:
         return spec.vjp(compute, tuple(grads), *args, **options)  # type: ignore[misc]
 
-    return _judge(call.standards(vjp, names, dtypes), list(gradients), BACKWARD)
+    return _judge(call.standards(vjp, names, dtypes, BACKWARD), list(gradients), BACKWARD)
 
 
 def judge_invariant(
@@ -143,7 +143,7 @@ def judge_invariant(
         pairs = invariant.pairs(_reference_call(known, compute, rounded), *arguments)
         return [array for _, *sides in pairs for array in sides]
 
-    errors = known.model_errors(run)
+    errors = known.model_errors(run, FORWARD)
     judgements: list[Judgement] = []
     for i, (what, got, expected) in enumerate(invariant.pairs(call, *_cast(known.arguments))):
         side = tuple(np.maximum(errors[2 * i], errors[2 * i + 1]))
@@ -208,7 +208,7 @@ class _Standard:
         judgements = [self._judgement("non-finite", (float(wrong.sum()), _where_largest(wrong)), 0.0, "", got, rounded)]
         eps = _eps(self.dtype)
         for measure, worst, of_model in zip(
-            ("frobenius", "row"), _measures(got, self.truth, self.dtype), self.model_errors, strict=True
+            ("frobenius", "row"), _measures(got, self.truth, self.dtype, k), self.model_errors, strict=True
         ):
             if k * of_model > LEAST * eps:
                 allowed, derived = k * of_model, f"{k} x {of_model:.3g} of the rounding model"
@@ -249,7 +249,9 @@ class _Canonical:
 
         return {"rounding": rounding}
 
-    def standards(self, function: Callable[..., Any], names: list[str], dtypes: list[str]) -> Iterator[_Standard]:
+    def standards(
+        self, function: Callable[..., Any], names: list[str], dtypes: list[str], k: int
+    ) -> Iterator[_Standard]:
         """One for each result of `function(compute, *args, **options)`."""
 
         def run(compute: Any, rounded: bool, arguments: Arguments) -> list[Any]:
@@ -261,12 +263,12 @@ class _Canonical:
             return [None if r is None else _round(r, d) for r, d in zip(results, dtypes, strict=True)]
 
         truths, models = run(self.truth, False, self.arguments), run(self.model, True, self.arguments)
-        errors = self.model_errors(run, truths, models)
+        errors = self.model_errors(run, k, truths, models)
         for parts in zip(names, dtypes, truths, models, errors, strict=True):
             yield _Standard(*parts)
 
     def model_errors(
-        self, run: Callable[[Any, bool, Arguments], list[Any]], truths: Any = None, models: Any = None
+        self, run: Callable[[Any, bool, Arguments], list[Any]], k: int, truths: Any = None, models: Any = None
     ) -> list[tuple[float, ...]]:
         """(Frobenius, row) error of the rounding model for each array of `run(compute, rounded, arguments)`.
 
@@ -285,7 +287,12 @@ class _Canonical:
                 near = _neighbour(arguments, seed) if seed else _cast(arguments)
                 truths, models = run(truth, False, _cast(near, truth)), run(model, True, near)
             pairs = zip(truths, models, strict=True)
-            draws.append([(0.0, 0.0) if t is None else _errors(m, t, scale) for t, m in pairs])
+            draws.append(
+                [
+                    (0.0, 0.0) if t is None else tuple(scale * e for e, _ in _measures(m, t, m.dtype.name, k))
+                    for t, m in pairs
+                ]
+            )
         return [tuple(max(e) for e in zip(*draw, strict=True)) for draw in zip(*draws, strict=True)]
 
 
@@ -350,15 +357,20 @@ def _judge(standards: Iterator[_Standard], arrays: Sequence[Any], k: int) -> lis
     return judgements
 
 
-def _measures(got: Array, truth: Array, dtype: str) -> tuple[Worst, Worst]:
-    """Both errors. Below the smallest normal number the spacing no longer shrinks: it is the floor."""
+def _measures(got: Array, truth: Array, dtype: str, k: int) -> tuple[Worst, Worst]:
+    """Both errors. Below the smallest normal number the spacing no longer shrinks: it is the floor.
+
+    A row of a gradient may be a difference of equals: attention's, of a step with one slot. float32 arithmetic leaves
+    eps of float32 of what cancelled, where the truth is 0. So a row of a gradient of a half type is taken to be
+    large enough, beside the largest one, for this to be eps of its own type.
+    """
     floor = float(_finfo(dtype).smallest_normal)
     within = np.where(np.isfinite(_round(truth, dtype)), truth, truth.dtype.type(np.nan))
-    return frobenius_error(got, within, floor), row_error(got, within, floor)
-
-
-def _errors(model: Array, truth: Array, scale: float) -> tuple[float, ...]:
-    return tuple(scale * e for e, _ in _measures(model, truth, model.dtype.name))
+    least = floor
+    if k == BACKWARD and dtype in HALF:
+        largest = np.abs(within).max(initial=0, where=np.isfinite(within))
+        least = max(floor, float(largest) * _eps("float32") / _eps(dtype))
+    return frobenius_error(got, within, floor), row_error(got, within, least)
 
 
 def _finite_parts(got: Array, truth: Array) -> tuple[Array, Array]:

@@ -146,9 +146,6 @@ def attend_backward(
                 d_s *= p
                 if not clean:  # 0 * NaN
                     tiles.hide(d_s, heads, steps, slots)
-                if is_causal and steps.start == 0:
-                    # The only slot of step 0 has the probability 1: all that is left of dP - delta is rounding.
-                    tiles.apart(d_s, steps)[..., 0, :] *= 0
                 if d_mask is not None:
                     tiles.sum_into(d_mask, d_s, heads, steps, slots)
                 d_v[:, :, slots] += p.swapaxes(2, 3) @ d_rows[..., :out_width]

@@ -9,7 +9,7 @@ import numpy as np
 
 from srm_core.ops.common import Array, Rounding, exact, product, sum_to
 
-PROBABILITIES, SCORE_GRADIENTS = "probabilities", "score gradients"
+PROBABILITIES, SCORE_GRADIENTS, OUT = "probabilities", "score gradients", "out"
 
 
 def default_scale(scale: float | None, width: int) -> float:
@@ -52,7 +52,7 @@ def vjp(
         mask, d_out = _mask(attn_mask, b, h, query, key), grad_out[b, h]
         weights, total, attends = _softmax(rounding, q, k, mask, is_causal, scale)
         p, out = np.where(attends, weights / total, 0), _average(rounding, weights, total, v)
-        delta = (d_out * out).sum(1, keepdims=True)
+        delta = (d_out * rounding(OUT, out)).sum(1, keepdims=True)
         d_s = np.where(attends, p * (product(rounding, d_out, v.T) - delta), 0)
         d_scores[b, h] = d_s
         d_value[b, g] += product(rounding, rounding(PROBABILITIES, p).T, d_out)

@@ -6,7 +6,7 @@ from typing import Any
 
 from srm_core.contract import check_bool, check_scale
 from srm_core.ops.attention import cases
-from srm_core.ops.attention.reference import PROBABILITIES, SCORE_GRADIENTS, reference, vjp
+from srm_core.ops.attention.reference import OUT, PROBABILITIES, SCORE_GRADIENTS, reference, vjp
 from srm_core.ops.common import TF32
 from srm_core.spec import Invariant, OpSpec, OptionSpec, OutputSpec, ResidualSpec, TensorSpec
 
@@ -54,7 +54,7 @@ SPEC = OpSpec(
     reference=reference,
     vjp=vjp,
     residuals=(ResidualSpec("out", "B H T E"), ResidualSpec("logsumexp", "B H T")),
-    permitted_roundings=(PROBABILITIES, SCORE_GRADIENTS, TF32),
+    permitted_roundings=(PROBABILITIES, SCORE_GRADIENTS, OUT, TF32),
     cases=cases.CASES,
     sample=cases.sample,
     error_samples=cases.ERROR_SAMPLES,
