@@ -29,6 +29,9 @@ from srm_core.listing import list_backends, report
 from srm_core.ops.attention import attention
 from srm_core.ops.conv_bn import conv_bn
 from srm_core.ops.conv_bn_train import conv_bn_train
+from srm_core.ops.hds_pool import hds_pool
+from srm_core.ops.hds_query import hds_query
+from srm_core.ops.hds_update_ import hds_update_
 from srm_core.ops.lstm import lstm
 from srm_core.ops.mdi import mdi
 from srm_core.ops.mdi_recurrence import mdi_recurrence
@@ -60,6 +63,9 @@ __all__ = [
     "conv_bn_train",
     "deterministic",
     "explain",
+    "hds_pool",
+    "hds_query",
+    "hds_update_",
     "hookimpl",
     "list_backends",
     "lstm",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -189,11 +189,15 @@ class Call:
 
 
 def arrays_of(name: str, value: Any) -> list[tuple[str, Any]]:
-    """An argument's arrays by name: one, or each of a sequence."""
-    return [(f"{name}[{i}]", one) for i, one in enumerate(value)] if isinstance(value, tuple) else [(name, value)]
+    """An argument's arrays by name: one, or each of a sequence, which a function made by `bind` may get as a list."""
+    if isinstance(value, tuple | list):
+        return [(f"{name}[{i}]", one) for i, one in enumerate(value)]
+    return [(name, value)]
 
 
 # Checks of options: each raises ValueError("what was found; required what").
+
+LARGEST = sys.float_info.max
 
 
 def check_bool(name: str, value: Any, dims: Mapping[str, int]) -> None:
@@ -206,7 +210,8 @@ def check_number(low: float, high: float) -> Callable[[str, Any, Mapping[str, in
 
     def check(name: str, value: Any, dims: Mapping[str, int]) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ValueError(f"{value!r}; required a number from {low:g} to {high:g}")
+            most = f" to {high:g}" if high < LARGEST else " on"
+            raise ValueError(f"{value!r}; required a number from {low:g}{most}")
 
     return check
 
@@ -221,10 +226,16 @@ def check_count(low: int) -> Callable[[str, Any, Mapping[str, int]], None]:
     return check
 
 
+def check_finite(name: str, value: Any, dims: Mapping[str, int]) -> None:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{value!r}; required a finite number")
+
+
 def check_scale(name: str, value: Any, dims: Mapping[str, int]) -> None:
     """None, or a finite number."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)):
-        raise ValueError(f"{value!r}; required a finite number, or None for 1/sqrt(D)")
+    if value is not None:
+        check_finite(name, value, dims)
 
 
 def check_modes(name: str, value: Any, dims: Mapping[str, int]) -> None:

@@ -231,7 +231,7 @@ def _gradients(spec: OpSpec) -> str:
     if spec.vjp is None:
         return "It has no gradient."
     names = ", ".join(f"`{n}`" for n in spec.differentiable)
-    told = [f"Of {names}, in this order."]
+    told = [f"Of {names}, in this order." if len(spec.differentiable) > 1 else f"Of {names}."]
     if any(t.role == "mask" and t.differentiable for t in spec.tensors):
         told.append("A boolean mask has none.")
     if spec.residuals:

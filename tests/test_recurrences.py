@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from scipy.special import erf
+from scipy.special import erf, expit
 from srm_conformance.tolerances import judge_forward, judge_vjp
 
 import srm_core
@@ -91,6 +91,26 @@ def test_mdi_of_huge_and_odd_values(backend: str, dtype: str) -> None:
         assert judgement.ok, str(judgement)
 
 
+@pytest.mark.parametrize(("dtype", "lowest", "allowed"), [("float64", -350, 1e-14), ("float32", -40, 2e-6)])
+@each_backend
+def test_faint_gammas_keep_their_digits(backend: str, dtype: str, lowest: int, allowed: float) -> None:
+    """Without a clamp, to near the smallest number there is."""
+    decay, modulation = np.linspace(lowest, 10, 1000).astype(dtype), np.linspace(lowest, -3, 1000).astype(dtype)
+    one = np.ones_like(decay)
+    _, gamma = srm_core.mdi(one, one, one, decay, modulation, eps=0, backend=backend)
+    expected = expit(decay.astype("float64")) * expit(modulation.astype("float64"))
+    np.testing.assert_allclose(gamma, expected, rtol=allowed)
+
+
+@each_backend
+def test_a_gradient_passes_at_the_bounds_of_the_clamp(backend: str) -> None:
+    """As in torch.clamp: with eps = 1/2 both bounds are sigmoid(0)."""
+    one = np.ones(3)
+    (_, gamma), pullback = srm_core.vjp("mdi", one, one, one, np.array([-1.0, 0.0, 1.0]), eps=0.5, backend=backend)
+    np.testing.assert_array_equal(gamma, 0.5)
+    np.testing.assert_array_equal(pullback(None, one)[3], [0, 0.25, 0])
+
+
 # mdi_recurrence
 
 
@@ -118,6 +138,45 @@ def test_the_recurrence_integrates_by_mdi() -> None:
     n, gamma = srm_core.mdi(z[:, 0], h, np.concatenate([z[:, 0], h], 1) @ w.T, decay)
     out, _ = srm_core.mdi_recurrence(z, gamma[:, None], h, np.zeros((6, 6)), shut, w, zero, mix=1)
     np.testing.assert_allclose(out[:, 0], gamma * h + n, rtol=1e-12)
+
+
+@each_backend
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [7, 0, 3]], ids=["whole", "lengths"])
+def test_the_recurrence_and_its_gradients_are_those_of_torch(backend: str, lengths: list[int]) -> None:
+    """Each sequence alone, as long as it is, with another mix than the oracle's."""
+    torch = pytest.importorskip("torch")
+    linear, rng = torch.nn.functional.linear, np.random.default_rng(4)
+    shapes = ((3, 7, 5), (3, 7, 5), (3, 5), (5, 5), (5,), (5, 10), (5,))
+    arrays = [rng.standard_normal(s) / 2 for s in shapes]
+    outputs, pullback = srm_core.vjp("mdi_recurrence", *arrays, mix=-0.7, lengths=np.array(lengths), backend=backend)
+    grads = [rng.standard_normal(o.shape) for o in outputs]
+    z, gamma, h0, w_gate, b_gate, w_mdi, b_mdi = leaves = [torch.tensor(a, requires_grad=True) for a in arrays]
+    rows, finals = [], []
+    for b, n in enumerate(lengths):
+        h, states = h0[b], []
+        for z_t, gamma_t in zip(z[b, :n], gamma[b, :n], strict=True):
+            g = torch.sigmoid(linear(torch.cat([z_t, h]), w_mdi, b_mdi))
+            integrated = (1 - g) * h + g * z_t + gamma_t * h
+            h = z_t * torch.sigmoid(linear(h, w_gate, b_gate)) + gamma_t * h - 0.7 * integrated
+            states.append(h)
+        rows.append(torch.stack([*states, *[torch.zeros_like(h)] * (7 - n)]))
+        finals.append(h)
+    expected = torch.stack(rows), torch.stack(finals)
+    torch.autograd.backward(expected, [torch.tensor(g) for g in grads])
+    for got, want in zip(outputs, expected, strict=True):
+        assert_close(got, want.detach().numpy(), 1e-13)
+    for leaf, gradient in zip(leaves, pullback(*grads), strict=True):
+        assert_close(gradient, leaf.grad.numpy(), 1e-12)
+
+
+@pytest.mark.parametrize("mix", [3, 1e31, -1e200])
+@each_backend
+def test_mix_is_any_finite_number(backend: str, mix: float) -> None:
+    one, zero = np.ones((1, 1)), np.zeros((1, 1))
+    _, last = srm_core.mdi_recurrence(
+        one[None], zero[None], zero, zero, zero[0], np.zeros((1, 2)), zero[0], mix=mix, backend=backend
+    )
+    np.testing.assert_allclose(last, 0.5 + mix * 0.5, rtol=1e-15)
 
 
 # lstm
@@ -200,13 +259,43 @@ def test_garbage_beyond_lengths_does_not_leak(op: str, names: tuple[str, ...], d
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, 1e-42])
+@each_backend
+@pytest.mark.parametrize(("op", "name"), [("lstm", "lengths_states"), ("mdi_recurrence", "lengths")])
+def test_a_step_that_is_not_run_gives_nothing(op: str, name: str, backend: str) -> None:
+    """What an empty sequence begins with reaches its last state alone; NaN within a sequence is not in its padding."""
+    spec = SPECS[op]
+    args, options = spec.bind(*spec.sample(next(c for c in spec.cases if c.name == name), "float32"))
+    lengths = options["lengths"]
+    empty, longer = (int(np.flatnonzero(w)[0]) for w in (lengths == 0, (lengths > 0) & (lengths < args[0].shape[1])))
+    outputs, pullback = srm_core.vjp(op, *args, **options, backend=backend)
+    grads = [np.random.default_rng(5).standard_normal(o.shape).astype(o.dtype) for o in outputs]
+    expected = pullback(*grads)
+    values = {p.name: None if a is None else a.copy() for p, a in zip(spec.parameters, args, strict=False)}
+    for array in (*(a for n, a in values.items() if n in ("h0", "c0") and a is not None), *grads[1:]):
+        array[empty] = np.nan
+    _, pullback = srm_core.vjp(op, *values.values(), **options, backend=backend)
+    for n, got, clean in zip(spec.differentiable, pullback(*grads), expected, strict=True):
+        if n in ("h0", "c0"):
+            assert np.isnan(got[empty]).all()
+            got, clean = np.delete(got, empty, 0), np.delete(clean, empty, 0)
+        np.testing.assert_array_equal(got, clean)
+    args[0][longer, 0, 0] = np.nan
+    _, pullback = srm_core.vjp(op, *args, **options, backend=backend)
+    d_x = pullback(*map(np.ones_like, outputs))[0]
+    assert np.isnan(d_x[longer, : lengths[longer]]).any()
+    assert not d_x[longer, lengths[longer] :].any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, 1e4, -1e4, 1e-42])
 @pytest.mark.parametrize("position", range(7))
-@pytest.mark.parametrize("op", ["lstm", "mdi_recurrence"])
-def test_one_odd_value(op: str, position: int, value: float) -> None:
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("lstm", "states"), ("lstm", "lengths_states"), ("mdi_recurrence", "mix"), ("mdi_recurrence", "lengths")],
+)
+def test_one_odd_value(op: str, name: str, position: int, value: float) -> None:
     """NaN and infinity go where the formula takes them, in results and gradients."""
     spec = SPECS[op]
-    case = next(c for c in spec.cases if c.name == ("states" if op == "lstm" else "mix"))
+    case = next(c for c in spec.cases if c.name == name)
     args, options = spec.sample(case, "float32")
     args[position].flat[args[position].size // 2] = value
     outputs, pullback = srm_core.vjp(op, *args, **options, backend="numpy")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from srm_core.ops.attention import spec as _attention
 from srm_core.ops.conv_bn import spec as _conv_bn
 from srm_core.ops.conv_bn_train import spec as _conv_bn_train
+from srm_core.ops.hds_pool import spec as _hds_pool
+from srm_core.ops.hds_query import spec as _hds_query
+from srm_core.ops.hds_update_ import spec as _hds_update
 from srm_core.ops.lstm import spec as _lstm
 from srm_core.ops.mdi import spec as _mdi
 from srm_core.ops.mdi_recurrence import spec as _mdi_recurrence
@@ -23,6 +26,9 @@ SPECS: dict[str, OpSpec] = {
         _scan.SPEC,
         _mdi.SPEC,
         _mdi_recurrence.SPEC,
+        _hds_pool.SPEC,
+        _hds_update.SPEC,
+        _hds_query.SPEC,
         _attention.SPEC,
         _lstm.SPEC,
         _conv_bn.SPEC,

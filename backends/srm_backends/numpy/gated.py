@@ -21,9 +21,19 @@ def time_major(values: Array, valid: Array | None, compute: Any) -> Array:
     batch, steps, width = values.shape
     copy = np.empty((steps, width, batch), compute)
     copy[...] = values.transpose(1, 2, 0)
+    return clear(copy, valid)
+
+
+def clear(values: Array, valid: Array | None) -> Array:
+    """values (T, C, B) with zeros beyond the lengths, in place."""
     if valid is not None:
-        copy.swapaxes(1, 2)[~valid.T] = 0
-    return copy
+        values.swapaxes(1, 2)[~valid.T] = 0
+    return values
+
+
+def running(valid: Array | None, t: int) -> Any:
+    """Which sequences run at step t, (B,), as `where` of a ufunc; True if all do, which costs nothing."""
+    return True if valid is None else valid[:, t]
 
 
 def batch_major(ctx: LaunchContext, values: Array, dtype: Any, valid: Array | None = None) -> Array:
@@ -49,7 +59,7 @@ def project(weight: Array, values: Array) -> Array:
     return np.ascontiguousarray(product.swapaxes(0, 1))
 
 
-def before(start: Array, states: Array) -> Array:
-    """The state that each step begins with: start (C, B), then states (T, C, B) but the last."""
+def before(start: Array, states: Array, valid: Array | None) -> Array:
+    """The state that each step begins with: start (C, B), then states (T, C, B) but the last. 0 for no step."""
     joined: Array = np.concatenate([start[None], states])
-    return joined[:-1]
+    return clear(joined[:-1], valid)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from srm_backends.numpy.common import Array, compute_dtype, gradient, quiet, result, sigmoid_
-from srm_backends.numpy.gated import batch_major, before, project, rows, time_major
+from srm_backends.numpy.gated import batch_major, before, clear, project, rows, running, time_major
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.common import valid_steps
 
@@ -65,35 +65,31 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_h: Ar
     d_gates = np.empty(gates.shape, compute)  # the derivatives of the gates, then their gradients
     parts = tuple(d_gates[:, k * width : (k + 1) * width] for k in range(4))
     parts[0][...] = g * i * (1 - i)
-    parts[1][...] = before(start_c, cells) * f * (1 - f)
+    parts[1][...] = before(start_c, cells, valid) * f * (1 - f)
     parts[2][...] = i * (1 - g * g)
     parts[3][...] = through * o * (1 - o)
-    if valid is not None:
-        for a in (of_h, d_gates):
-            a.swapaxes(1, 2)[~valid.T] = 0
+    clear(d_gates, valid)
     d_y, back = time_major(grad_y, valid, compute), w_hh.astype(compute, copy=False).T
     d_h, d_c = grad_h.T.astype(compute, order="C"), grad_c.T.astype(compute, order="C")
-    term, carried = np.empty_like(d_c), np.empty_like(d_h)
+    term = np.empty_like(d_c)
     for t in reversed(range(steps)):
-        d_h += d_y[t]
-        np.multiply(d_h, of_h[t], out=term)
-        d_c += term
-        d_gates[t, 3 * width :] *= d_h
-        d_gates[t, : 3 * width].reshape(3, width, batch)[...] *= d_c
-        np.matmul(back, d_gates[t], out=carried)
-        if valid is None:
-            d_c *= f[t]
-            d_h, carried = carried, d_h
-        else:
-            np.multiply(d_c, f[t], out=d_c, where=valid[:, t])
-            np.copyto(d_h, carried, where=valid[:, t])
+        where, through_h = running(valid, t), d_y[t]
+        of_c, of_o = d_gates[t, : 3 * width].reshape(3, width, batch), d_gates[t, 3 * width :]
+        np.add(through_h, d_h, out=through_h, where=where)
+        np.multiply(through_h, of_h[t], out=term)
+        np.add(d_c, term, out=d_c, where=where)
+        of_o *= through_h
+        np.multiply(of_c, d_c, out=of_c, where=where)
+        np.multiply(d_c, f[t], out=d_c, where=where)
+        np.matmul(back, d_gates[t], out=term)
+        np.copyto(d_h, term, where=where)
     flat = rows(d_gates)  # (4H, T*B)
     d_bias = flat.sum(1)
     d_x = project(w_ih.astype(compute, copy=False).T, d_gates)
     return (
-        batch_major(ctx, d_x, x.dtype),
+        batch_major(ctx, d_x, x.dtype, valid),
         gradient(ctx, flat @ rows(time_major(x, valid, compute)).T, w_ih),
-        gradient(ctx, flat @ rows(before(start_h, states)).T, w_hh),
+        gradient(ctx, flat @ rows(before(start_h, states, valid)).T, w_hh),
         gradient(ctx, d_bias, b_ih),
         gradient(ctx, d_bias, b_hh),
         gradient(ctx, d_h.T, h0),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from srm_backends.numpy.common import Array, compute_dtype, gradient, quiet, result, sigmoid_
-from srm_backends.numpy.gated import batch_major, before, project, rows, time_major
+from srm_backends.numpy.gated import batch_major, before, clear, project, rows, running, time_major
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.common import valid_steps
 
@@ -61,26 +61,22 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_out: Array, grad_las
     valid, mix = valid_steps(residuals.options["lengths"], batch, steps), compute(residuals.options["mix"])
     gates, states = (residuals.get(n).transpose(1, 2, 0) for n in ("gates", "states"))
     zs, gammas = time_major(z, valid, compute), time_major(gamma, valid, compute)
-    u, g, h = gates[:, :width], gates[:, width:], before(h0.T.astype(compute), states)
+    u, g, h = gates[:, :width], gates[:, width:], before(h0.T.astype(compute), states, valid)
     weight, of_z = _weights(w_gate, w_mdi, compute)
     of_h = gammas + mix * (1 - g + gammas)  # what a step's gradient gives to the state before, but for the products
     d_gates = np.empty(gates.shape, compute)  # the derivatives of the gates, then their gradients
     d_gates[:, :width] = zs * u * (1 - u)
     d_gates[:, width:] = mix * (zs - h) * g * (1 - g)
-    if valid is not None:
-        d_gates.swapaxes(1, 2)[~valid.T] = 0
+    clear(d_gates, valid)
     e, back = time_major(grad_out, valid, compute), weight.T  # the gradients of the states, in the end
     d_h, term = grad_last.T.astype(compute, order="C"), np.empty((width, batch), compute)
     for t in reversed(range(steps)):
-        e[t] += d_h
-        d_gates[t].reshape(2, width, batch)[...] *= e[t]
+        where, d_gate = running(valid, t), d_gates[t].reshape(2, width, batch)
+        np.add(e[t], d_h, out=e[t], where=where)
+        d_gate *= e[t]
         np.matmul(back, d_gates[t], out=term)
-        if valid is None:
-            np.multiply(e[t], of_h[t], out=d_h)
-            d_h += term
-        else:
-            term += e[t] * of_h[t]
-            np.copyto(d_h, term, where=valid[:, t])
+        np.multiply(e[t], of_h[t], out=d_h, where=where)
+        np.add(d_h, term, out=d_h, where=where)
     d_z = project(of_z.T, d_gates[:, width:])
     d_z += e * (u + mix * g)
     d_gamma = (1 + mix) * e * h

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from srm_core.contract import LARGEST, check_number
 from srm_core.ops.common import Array, Rounding, product
 from srm_core.spec import OptionSpec, TensorSpec
 
@@ -57,11 +57,6 @@ def _check_groups(name: str, value: Any, dims: Mapping[str, int]) -> None:
         raise ValueError(f"{value}; required a divisor of I={dims['I']} and of O={dims['O']}")
 
 
-def _check_eps(name: str, value: Any, dims: Mapping[str, int]) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0:
-        raise ValueError(f"{value!r}; required a finite number, at least 0")
-
-
 def _check_activation(name: str, value: Any, dims: Mapping[str, int]) -> None:
     if value is not None and value != "relu":
         raise ValueError(f'{value!r}; required "relu" or None')
@@ -85,7 +80,7 @@ OPTIONS = (
     OptionSpec("padding", _check_pair(0), 0, keyword=True, doc="zeros at each side; an integer or a pair (H, W)"),
     OptionSpec("dilation", _check_pair(1), 1, keyword=True, doc="step between taps; an integer or a pair (H, W)"),
     OptionSpec("groups", _check_groups, 1, keyword=True, doc="parts of the channels that do not see each other"),
-    OptionSpec("eps", _check_eps, 1e-5, keyword=True, doc="added to the variance"),
+    OptionSpec("eps", check_number(0, LARGEST), 1e-5, keyword=True, doc="added to the variance"),
     OptionSpec("activation", _check_activation, None, keyword=True, doc='applied at the end; None or "relu"'),
 )
 

@@ -50,23 +50,20 @@ def vjp(
         h = np.where(running, o * np.tanh(c), h)
     d_x, d_w_ih, d_w_hh, d_bias = (np.zeros(a.shape, compute) for a in (x, w_ih, w_hh, bias))
     for t, running in reversed(steps):
-        before_h, before_c = trace[t]
-        x_t = np.where(running, x[:, t], 0)
+        x_t, before_h, before_c = (np.where(running, a, 0) for a in (x[:, t], *trace[t]))
         i, f, g, o = _gates(rounding, x_t, before_h, w_ih, w_hh, bias)
         u = np.tanh(f * before_c + i * g)
         through_h = np.where(running, d_h + grad[:, t], 0)
         through_c = np.where(running, d_c, 0) + through_h * o * (1 - u * u)
-        d_gates = rounding(
-            GATE_GRADIENTS,
-            np.concatenate(
-                [
-                    through_c * g * i * (1 - i), through_c * before_c * f * (1 - f),
-                    through_c * i * (1 - g * g), through_h * u * o * (1 - o),
-                ],
-                axis=1,
-            ),
+        d_gates = np.concatenate(
+            [
+                through_c * g * i * (1 - i), through_c * before_c * f * (1 - f),
+                through_c * i * (1 - g * g), through_h * u * o * (1 - o),
+            ],
+            axis=1,
         )  # fmt: skip
-        d_x[:, t] = product(rounding, d_gates, w_ih)
+        d_gates = rounding(GATE_GRADIENTS, np.where(running, d_gates, 0))
+        d_x[:, t] = np.where(running, product(rounding, d_gates, w_ih), 0)
         d_w_ih += product(rounding, d_gates.T, x_t)
         d_w_hh += product(rounding, d_gates.T, rounding(STATE, before_h))
         d_bias += d_gates.sum(0)

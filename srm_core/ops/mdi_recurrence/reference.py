@@ -50,16 +50,16 @@ def vjp(
     d_z, d_gamma = np.zeros(z.shape, compute), np.zeros(z.shape, compute)
     d_w_gate, d_b_gate, d_w_mdi, d_b_mdi = (np.zeros(a.shape, compute) for a in (w_gate, b_gate, w_mdi, b_mdi))
     for t, running in reversed(steps_of(z, lengths)):
-        state = states[:, t - 1] if t else h
-        z_t, gamma_t = np.where(running, z[:, t], 0), np.where(running, gamma[:, t], 0)
+        before = states[:, t - 1] if t else h
+        z_t, gamma_t, state = (np.where(running, a, 0) for a in (z[:, t], gamma[:, t], before))
         u, g, both = _gates(rounding, z_t, state, w_gate, b_gate, w_mdi, b_mdi)
         e = np.where(running, d_h + grad[:, t], 0)
         d_n = compute(mix) * e
-        d_u = rounding(GATE_GRADIENTS, e * z_t * u * (1 - u))
-        d_g = rounding(GATE_GRADIENTS, d_n * (z_t - state) * g * (1 - g))
+        d_u = rounding(GATE_GRADIENTS, np.where(running, e * z_t * u * (1 - u), 0))
+        d_g = rounding(GATE_GRADIENTS, np.where(running, d_n * (z_t - state) * g * (1 - g), 0))
         d_both = product(rounding, d_g, w_mdi)
-        d_z[:, t] = e * u + d_n * g + d_both[:, :width]
-        d_gamma[:, t] = (e + d_n) * np.where(running, state, 0)
+        d_z[:, t] = np.where(running, e * u + d_n * g + d_both[:, :width], 0)
+        d_gamma[:, t] = (e + d_n) * state
         d_state = e * gamma_t + d_n * (1 - g + gamma_t) + d_both[:, width:] + product(rounding, d_u, w_gate)
         d_h = np.where(running, d_state, d_h)
         d_w_gate += product(rounding, d_u.T, both[:, width:])

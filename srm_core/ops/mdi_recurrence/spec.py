@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from srm_core.contract import check_lengths, check_number
+from srm_core.contract import check_finite, check_lengths
 from srm_core.ops.common import GATE_GRADIENTS, STATE, TF32
 from srm_core.ops.mdi_recurrence import cases
 from srm_core.ops.mdi_recurrence.reference import reference, vjp
 from srm_core.spec import Invariant, OpSpec, OptionSpec, OutputSpec, ResidualSpec, TensorSpec
-
-LARGEST = 1e30  # of mix, whose square must not overflow beside float32
 
 
 def _check_values(dims: Mapping[str, int], *args: Any, mix: float, lengths: Any) -> None:
@@ -31,7 +29,7 @@ SPEC = OpSpec(
         TensorSpec("b_gate", ("D",), role="parameter", doc="their bias"),
         TensorSpec("w_mdi", ("D 2D",), role="parameter", doc="weights of the integration's gate, by z and the state"),
         TensorSpec("b_mdi", ("D",), role="parameter", doc="their bias"),
-        OptionSpec("mix", check_number(-LARGEST, LARGEST), default=0.1, keyword=True, doc="how much of n is added"),
+        OptionSpec("mix", check_finite, default=0.1, keyword=True, doc="how much of n is added"),
         TensorSpec("lengths", ("B",), role="integer", optional=True, keyword=True, doc="0 <= length <= T; None: all T"),
     ),
     outputs=(
