@@ -16,6 +16,7 @@ import pytest
 import srm_core
 from srm_core import dispatch
 from srm_core.arrays import BFLOAT16
+from srm_core.contract import arrays_of
 from srm_core.ops import SPECS
 
 pytestmark = pytest.mark.usefixtures("environ")
@@ -657,12 +658,11 @@ def test_purity(spec: Any, case: Any, backend: str) -> None:
     args, options = spec.sample(case, "float32")
     args, options = spec.bind(args, options)
     values = {**dict(zip((p.name for p in spec.parameters), args, strict=False)), **options}
-    inputs = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
+    inputs = {k: v for n, value in values.items() for k, v in arrays_of(n, value) if isinstance(v, np.ndarray)}
     before = {k: v.copy() for k, v in inputs.items()}
-    outputs = srm_core.call(spec.name, *args, backend=backend, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = spec.unpack(srm_core.call(spec.name, *args, backend=backend, **options))
     for name, value in inputs.items():
-        if name not in spec.mutates:
+        if name.partition("[")[0] not in spec.mutates:
             np.testing.assert_array_equal(value, before[name], err_msg=name)
     for i, output in enumerate(outputs):
         assert type(output) is np.ndarray

@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 
 import srm_core
+from srm_core.ops import SPECS
 
 ORACLE = Path(__file__).parent / "oracle" / "mmrec_hds_attention.safetensors"
 each_backend = pytest.mark.parametrize("backend", ["numpy", "reference"])
@@ -124,7 +125,7 @@ def test_queries_and_their_gradients_are_those_of_torch(
 
 @each_backend
 def test_one_level_is_the_memory_alone(backend: str) -> None:
-    memory = np.ones((2, 3, 4))
+    memory = np.full((2, 3, 4), np.nan)  # which has no part in its gradient
     levels, pullback = srm_core.vjp("hds_pool", memory, num_levels=1, backend=backend)
     assert levels == srm_core.hds_pool(memory, num_levels=1, backend=backend) == ()
     (d_memory,) = pullback()
@@ -260,6 +261,14 @@ def test_refreshed_slots_are_means_of_the_stored_ones(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("index", [10**30 + 4, np.int64(-6), np.array(2**31 - 8, np.int32)], ids=str)
+def test_any_integer_is_an_index(index: Any, backend: str) -> None:
+    memory, new = np.zeros((1, 10, 1)), np.ones((1, 3, 1))
+    srm_core.hds_update_(memory, (), new, index, backend=backend)
+    np.testing.assert_array_equal(memory, written(np.zeros((1, 10, 1)), new, int(index) % 10))
+
+
+@each_backend
 def test_new_may_be_a_part_of_memory(backend: str) -> None:
     memory = np.arange(10.0).reshape(1, 10, 1)
     expected = written(memory, memory[:, :8], 5)
@@ -321,6 +330,23 @@ def test_explanations_name_a_backend_and_change_nothing() -> None:
     assert srm_core.explain("hds_query", memory, memory, memory, gradients=True).chosen == "numpy"
     assert srm_core.explain("hds_update_", memory, list(levels), 0 * memory, 0).chosen == "numpy"
     assert (memory == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("op", "flops", "size"),
+    [
+        # 37, 9 and 2 slots of 3 numbers in 2 sequences; 11 windows of 4
+        ("hds_pool", 6 * 11 * 4, 4 * 6 * 48),
+        # 5 slots from 9 on, below 2 slots and those below 1, in 2 sequences
+        ("hds_update_", 6 * (5 + 3 * 4), 4 * 6 * (2 * 5 + 3 * 5)),
+        # 3 heads, 2 sequences: the same 11 windows of 4 + 4 numbers; 5 queries of 2 slots
+        ("hds_query", 6 * (11 * 4 * 8 + 2 * 5 * 2 * 8), 4 * 6 * (5 * 8 + 37 * 8)),
+    ],
+)
+def test_work_is_what_a_hand_counts(op: str, flops: int, size: int) -> None:
+    spec = SPECS[op]
+    case = next(c for c in spec.cases if c.name == "small")
+    assert (spec.flops(case), spec.bytes(case, "float32")) == (flops, size)
 
 
 # torch's tensors on the backends of NumPy

@@ -1,11 +1,11 @@
 """`hds_pool`, `hds_update_` and `hds_query` on NumPy.
 
-Means are sums over the `pool` places of a window, each place of all windows at once, a few windows at a time so that
-the sums stay in the cache. The order of the sum is then the same for every layout. Level l needs the first
-M_l * pool^l slots of the memory and no others, since the remainders of the levels below are dropped.
+Means are sums over the `pool` slots of a window in the order of the slots, whatever the layout. A level is averaged a
+part at a time, which is in the cache when it is divided.
 
-A query pools keys and values to the level that it asks for and is attention over that. With one memory for all
-sequences their steps are rows of one large product.
+A query pools keys and values to the level that it asks for, several levels at once: level l averages the first
+M_l * pool^l slots of the memory and no others, since a remainder is dropped at each level. Then it is attention. With
+one memory for all sequences their steps are rows of one large product.
 
 An update of consecutive slots touches consecutive ones in each level, so it works on slices: two where the ring
 closes. With an index for each sequence it works on pairs (sequence, slot).
@@ -23,9 +23,10 @@ from srm_backends.numpy.attention import attend, attend_backward
 from srm_backends.numpy.common import Array, compute_dtype, quiet, result
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.attention.reference import default_scale
-from srm_core.ops.hds_pool.hierarchy import above, level_sizes
+from srm_core.ops.hds_pool.hierarchy import level_sizes
 
 BLOCK = 1 << 19  # numbers of a level that are averaged at a time; measured
+WINDOW = 64  # slots that a query sums at once; more would lose digits that means of means keep
 
 
 @quiet
@@ -103,7 +104,7 @@ def _update_each(memory: Array, levels: Sequence[Array], new: Array, index: Arra
     for seen in (level.swapaxes(1, -2) for level in levels):
         size = seen.shape[1]
         fits = at // pool < size
-        rows, at = np.divmod(above((rows * size + at // pool)[fits], batch * size, 1), max(size, 1))
+        rows, at = np.divmod(np.unique((rows * size + at // pool)[fits]), size)
         means = np.zeros((len(rows), *seen.shape[2:]), compute)
         for i in range(pool):
             means += below[rows, at * pool + i]
@@ -120,10 +121,12 @@ def query_forward(
     out: Array = ctx.empty((*query.shape[:3], values.shape[3]), query.dtype)
     k, v = (_at_level(a, level, num_levels, pool) for a in (keys, values))
     q = _rows(query, k, v)
-    exact = np.empty((*q.shape[:3], v.shape[3]), compute_dtype(query.dtype))
+    straight = q is query and out.dtype == compute_dtype(out.dtype)
+    exact = out if straight else np.empty((*q.shape[:3], v.shape[3]), compute_dtype(query.dtype))
     logsumexp = attend(q, _for_each(k, q), _for_each(v, q), default_scale(scale, query.shape[3]), exact)
     exact, logsumexp = _of_sequences(exact, out), _of_sequences(logsumexp, out)
-    out[...] = exact
+    if not straight:
+        out[...] = exact
     ctx.keep("out", exact)
     ctx.keep("logsumexp", logsumexp)
     return out
@@ -151,12 +154,19 @@ def query_backward(ctx: LaunchContext, residuals: Residuals, grad_out: Array) ->
 
 
 def _at_level(memory: Array, level: int, num_levels: int, pool: int) -> Array:
-    """Keys or values (B, H, M, D) at a level, (B, H, M_level, D); level 0 as it is, the others to compute with."""
+    """Keys or values (B, H, M, D) at a level, (B, H, M_level, D); level 0 as it is, the others to compute with.
+
+    Several levels at once, as long as their windows stay small.
+    """
     sizes = level_sizes(memory.shape[2], num_levels, pool)
-    for size in sizes[1 : range(num_levels)[level] + 1]:
-        above = np.empty((*memory.shape[:2], size, memory.shape[3]), compute_dtype(memory.dtype))
-        _means(memory, pool, above)
-        memory = above
+    top, done = range(num_levels)[level], 0
+    while done < top:
+        reach = done + 1
+        while reach < top and pool ** (reach + 1 - done) <= WINDOW:
+            reach += 1
+        means = np.empty((*memory.shape[:2], sizes[reach], memory.shape[3]), compute_dtype(memory.dtype))
+        _means(memory, pool ** (reach - done), means)
+        memory, done = means, reach
     return memory
 
 

@@ -66,15 +66,11 @@ def spread(grad: Array, slots: int, pool: int) -> Array:
     return below
 
 
-def above(slots: Array, size: int, pool: int) -> Array:
-    """The slots of the level above, of `size` slots, that average some of `slots`; sorted, each once."""
-    parents = np.unique(slots // pool)
-    return parents[parents < size]
-
-
 def ancestors(dims: Mapping[str, int], first: int, num_levels: int, pool: int) -> list[Array]:
-    """The slots of each level, from 0, that writing S slots from `first` on touches in a memory of M slots."""
-    touched = [(first + np.arange(dims["S"])) % max(dims["M"], 1)]
+    """The slots of each level, from 0, that writing S slots from `first` on changes in a memory of M slots."""
+    slots = max(dims["M"], 1)
+    touched = [(first % slots + np.arange(dims["S"])) % slots]
     for size in level_sizes(dims["M"], num_levels, pool)[1:]:
-        touched.append(above(touched[-1], size, pool))
+        parents = np.unique(touched[-1] // pool)
+        touched.append(parents[parents < size])
     return touched

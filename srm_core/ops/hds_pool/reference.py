@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from srm_core.ops.common import Array, Rounding, exact
 from srm_core.ops.hds_pool.hierarchy import hierarchy, level_sizes, spread
 
@@ -27,7 +29,7 @@ def vjp(
     No rounding is permitted here.
     """
     sizes = level_sizes(memory.shape[-2], num_levels, pool)
-    total = memory.astype(compute) * 0 if num_levels == 1 else grads[-1].astype(compute)
+    total = grads[-1].astype(compute) if grads else np.zeros(memory.shape, compute)
     for level in range(num_levels - 2, -1, -1):
         total = spread(total, sizes[level], pool)
         if level:
