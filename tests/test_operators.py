@@ -214,7 +214,8 @@ LAID_OUT = [
         ("conv_bn", "padded"), ("conv_bn", "channels_last"), ("conv_bn", "depthwise"), ("conv_bn", "pointwise"),
         ("conv_bn", "pairs"), ("conv_bn_train", "padded"), ("conv_bn_train", "channels_last_groups"),
         ("hds_pool", "primes"), ("hds_pool", "heads"), ("hds_update_", "heads_around"),
-        ("hds_update_", "index_array_heads"), ("hds_query", "small"), ("hds_query", "shared"), ("hds_query", "shared_keys"),
+        ("hds_update_", "index_array_heads"), ("hds_query", "small"), ("hds_query", "shared"),
+        ("hds_query", "shared_keys"),
     )
 ]  # fmt: skip
 
