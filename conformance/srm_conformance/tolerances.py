@@ -20,7 +20,8 @@ k = 2 for outputs and 3 for gradients. So a half type may be rounded once at the
 One run of the rounding model may be lucky, above all where a few elements decide the measure: a gradient of three
 decays, say. Held to one run, a judgement in three thousand of a good kernel failed. So the rounding model is
 measured on the inputs and on `NEIGHBOURS` neighbours of them, which differ in the last bits only and so are
-rounded differently all the way, and its largest error counts.
+rounded differently all the way, and its largest error counts. Half inputs have one more neighbour, in float32: among
+half values a difference may be 0 exactly, of which float32 arithmetic in another order leaves some.
 
 NaN and infinity must stand where the rounded truth has them, with the same sign, or where the rounding model
 has them: past the range of float32 a kernel cannot do better than float32 arithmetic does. An element that is
@@ -46,6 +47,8 @@ Array = npt.NDArray[Any]
 Measure = Literal["form", "non-finite", "frobenius", "row"]
 Worst = tuple[float, tuple[int, ...]]  # an error, and the index of the element that is to blame
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Roundings = dict[str, Any]  # the keyword `rounding` of a reference, or nothing
+Run = Callable[[Any, Roundings | None, Arguments], list[Any]]
 
 FORWARD, BACKWARD = 2, 3  # k: how many times the error of the rounding model
 LEAST = 4  # eps that are allowed anyway
@@ -139,8 +142,8 @@ def judge_invariant(
     """
     known = _Canonical(spec, args, options)
 
-    def run(compute: Any, rounded: bool, arguments: Arguments) -> list[Any]:
-        pairs = invariant.pairs(_reference_call(known, compute, rounded), *arguments)
+    def run(compute: Any, roundings: Roundings | None, arguments: Arguments) -> list[Any]:
+        pairs = invariant.pairs(_reference_call(known, compute, roundings), *arguments)
         return [array for _, *sides in pairs for array in sides]
 
     errors = known.model_errors(run, FORWARD)
@@ -237,9 +240,9 @@ class _Canonical:
         self.truth: Any = np.longdouble if wide else np.float64
         self.model: Any = np.float64 if wide else np.float32
 
-    def roundings(self, rounded: bool) -> dict[str, Any]:
-        """How a reference is told which roundings to make: all that are permitted, or none."""
-        if not rounded or not self.spec.permitted_roundings:
+    def roundings(self) -> Roundings:
+        """How a reference is told to make the roundings that are permitted."""
+        if not self.spec.permitted_roundings:
             return {}
 
         def rounding(name: str, values: Array) -> Array:
@@ -254,24 +257,23 @@ class _Canonical:
     ) -> Iterator[_Standard]:
         """One for each result of `function(compute, *args, **options)`."""
 
-        def run(compute: Any, rounded: bool, arguments: Arguments) -> list[Any]:
+        def run(compute: Any, roundings: Roundings | None, arguments: Arguments) -> list[Any]:
             args, options = arguments
             with np.errstate(all="ignore"):
-                results = function(compute, *args, **options, **self.roundings(rounded))
-            if not rounded or compute is not self.model:
+                results = function(compute, *args, **options, **(roundings or {}))
+            if roundings is None or compute is not self.model:
                 return list(results)
             return [None if r is None else _round(r, d) for r, d in zip(results, dtypes, strict=True)]
 
-        truths, models = run(self.truth, False, self.arguments), run(self.model, True, self.arguments)
+        truths, models = run(self.truth, None, self.arguments), run(self.model, self.roundings(), self.arguments)
         errors = self.model_errors(run, k, truths, models)
         for parts in zip(names, dtypes, truths, models, errors, strict=True):
             yield _Standard(*parts)
 
-    def model_errors(
-        self, run: Callable[[Any, bool, Arguments], list[Any]], k: int, truths: Any = None, models: Any = None
-    ) -> list[tuple[float, ...]]:
-        """(Frobenius, row) error of the rounding model for each array of `run(compute, rounded, arguments)`.
+    def model_errors(self, run: Run, k: int, truths: Any = None, models: Any = None) -> list[tuple[float, ...]]:
+        """(Frobenius, row) error of the rounding model for each array of `run(compute, roundings, arguments)`.
 
+        roundings: None for the exact results, else those that are made of intermediate values, outputs being rounded.
         truths, models: what `run` gives for the arguments themselves, if that is known.
         """
         truth, model, scale = self.truth, self.model, 1.0
@@ -282,10 +284,15 @@ class _Canonical:
             arguments, truths, models = _cast(self.arguments, np.float32), None, None
 
         draws = []
-        for seed in range(NEIGHBOURS + 1):
-            if seed or truths is None:
+        half = self.checked.dtype in HALF
+        for seed in range(NEIGHBOURS + 1 + half):
+            if seed > NEIGHBOURS:
+                # Half values may cancel to 0 without a trace where float32 arithmetic in another order leaves some.
+                wide = _neighbour(_cast(arguments, np.float32), seed)
+                truths, models = run(truth, None, _cast(wide, truth)), run(model, {}, wide)
+            elif seed or truths is None:
                 near = _neighbour(arguments, seed) if seed else _cast(arguments)
-                truths, models = run(truth, False, _cast(near, truth)), run(model, True, near)
+                truths, models = run(truth, None, _cast(near, truth)), run(model, self.roundings(), near)
             pairs = zip(truths, models, strict=True)
             draws.append(
                 [
@@ -324,18 +331,18 @@ def _neighbour(arguments: Arguments, seed: int) -> Arguments:
     return _each(near, arguments)
 
 
-def _reference_call(known: _Canonical, compute: Any, rounded: bool) -> Callable[..., Any]:
+def _reference_call(known: _Canonical, compute: Any, roundings: Roundings | None) -> Callable[..., Any]:
     """The operator in the dtype `compute`, called, and mutating, as its public function is."""
     spec = known.spec
 
     def call(*args: Any, **options: Any) -> Any:
         bound, named = spec.bind(args, options)
         with np.errstate(all="ignore"):
-            results = spec.reference(compute, *bound, **named, **known.roundings(rounded))
+            results = spec.reference(compute, *bound, **named, **(roundings or {}))
         checked = Call(spec, bound, named)
         dtypes = checked.output_dtypes()
         outputs = results[: len(dtypes)]
-        if rounded:
+        if roundings is not None:
             outputs = tuple(_round(r, d) for r, d in zip(outputs, dtypes, strict=True))
         for (_, value), after in zip(checked.mutated(), results[len(dtypes) :], strict=True):
             value[...] = _round(after, value.dtype)

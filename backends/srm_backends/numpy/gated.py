@@ -1,9 +1,8 @@
 """What recurrences with products of weights and states share.
 
 Inside, time comes first and the batch last, (T, C, B): a step is then contiguous, its gates are blocks of rows, and
-`weight @ state` is the form of a thin product in which BLAS is fastest, two to three times as fast as
-`state @ weight.T` for a batch of 4 to 16. Everything that does not wait for the state is one large product over
-all steps, before the loop or after it.
+`weight @ state` is the form of a thin product in which BLAS is fastest, for a batch of 4 to 16. Everything that does
+not wait for the state is one large product over all steps, before the loop or after it.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import numpy as np
 
 from srm_backends.numpy.common import Array
 from srm_core.context import LaunchContext
+
+COLUMNS, LARGE = 4, 8 << 20  # of a thin product by columns: at most so many, of at least so many bytes; measured
 
 
 def time_major(values: Array, valid: Array | None, compute: Any) -> Array:
@@ -57,6 +58,29 @@ def project(weight: Array, values: Array) -> Array:
     steps, _, batch = values.shape
     product = (weight @ rows(values)).reshape(len(weight), steps, batch)
     return np.ascontiguousarray(product.swapaxes(0, 1))
+
+
+class StateProduct:
+    """`weight @ state`, again and again, into memory that is there. weight: (O, C). state: (C, B).
+
+    BLAS copies the matrix of a product into its own order, which a few columns do not repay where the matrix is larger
+    than the cache. Then it is multiplied by one column after the other.
+    """
+
+    def __init__(self, weight: Array, batch: int) -> None:
+        self.weight = weight
+        self.by_columns = batch <= COLUMNS and weight.nbytes >= LARGE
+        self.columns = np.empty((batch, weight.shape[1]), weight.dtype)
+        self.results = np.empty((batch, weight.shape[0]), weight.dtype)
+
+    def __call__(self, state: Array, out: Array) -> None:
+        if not self.by_columns:
+            np.matmul(self.weight, state, out=out)
+            return
+        self.columns[...] = state.T
+        for column, result in zip(self.columns, self.results, strict=True):
+            np.matmul(self.weight, column, out=result)
+        out[...] = self.results.T
 
 
 def before(start: Array, states: Array, valid: Array | None) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from srm_backends.numpy.common import Array, compute_dtype, gradient, quiet, result, sigmoid_
-from srm_backends.numpy.gated import batch_major, before, clear, project, rows, running, time_major
+from srm_backends.numpy.gated import StateProduct, batch_major, before, clear, project, rows, running, time_major
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.common import valid_steps
 
@@ -23,13 +23,13 @@ def forward(
     for bias in (b_ih, b_hh):
         if bias is not None:
             gates += bias.astype(compute)[:, None]
-    w = w_hh.astype(compute, copy=False)
+    multiply = StateProduct(w_hh.astype(compute, copy=False), batch)
     states, cells = (np.empty((steps, width, batch), compute) for _ in range(2))
     h, c = (_start(s, width, batch, compute) for s in (h0, c0))  # (H, B)
     product, term = np.empty((4 * width, batch), compute), np.empty((width, batch), compute)
     for t in range(steps):
         gate, next_h, next_c = gates[t], states[t], cells[t]
-        np.matmul(w, h, out=product)
+        multiply(h, product)
         gate += product
         i, f, g, o = gate.reshape(4, width, batch)
         sigmoid_(gate[: 2 * width])
@@ -69,7 +69,7 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_h: Ar
     parts[2][...] = i * (1 - g * g)
     parts[3][...] = through * o * (1 - o)
     clear(d_gates, valid)
-    d_y, back = time_major(grad_y, valid, compute), w_hh.astype(compute, copy=False).T
+    d_y, back = time_major(grad_y, valid, compute), StateProduct(w_hh.astype(compute, copy=False).T, batch)
     d_h, d_c = grad_h.T.astype(compute, order="C"), grad_c.T.astype(compute, order="C")
     term = np.empty_like(d_c)
     for t in reversed(range(steps)):
@@ -81,7 +81,7 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_h: Ar
         of_o *= through_h
         np.multiply(of_c, d_c, out=of_c, where=where)
         np.multiply(d_c, f[t], out=d_c, where=where)
-        np.matmul(back, d_gates[t], out=term)
+        back(d_gates[t], term)
         np.copyto(d_h, term, where=where)
     flat = rows(d_gates)  # (4H, T*B)
     d_bias = flat.sum(1)

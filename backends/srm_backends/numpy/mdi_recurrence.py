@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from srm_backends.numpy.common import Array, compute_dtype, gradient, quiet, result, sigmoid_
-from srm_backends.numpy.gated import batch_major, before, clear, project, rows, running, time_major
+from srm_backends.numpy.gated import StateProduct, batch_major, before, clear, project, rows, running, time_major
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.common import valid_steps
 
@@ -23,13 +23,14 @@ def forward(
     weight, of_z = _weights(w_gate, w_mdi, compute)
     given = project(of_z, zs)  # (T, D, B)
     given += b_mdi.astype(compute)[:, None]
+    multiply = StateProduct(weight, batch)
     bias, factor = b_gate.astype(compute)[:, None], compute(mix)
     gates, states = np.empty((steps, 2 * width, batch), compute), np.empty((steps, width, batch), compute)
     h = h0.T.astype(compute, order="C")  # (D, B)
     kept, term = np.empty_like(h), np.empty_like(h)
     for t in range(steps):
         gate, next_h, z_t = gates[t], states[t], zs[t]
-        np.matmul(weight, h, out=gate)
+        multiply(h, gate)
         u, g = gate[:width], gate[width:]
         u += bias
         g += given[t]
@@ -68,13 +69,14 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_out: Array, grad_las
     d_gates[:, :width] = zs * u * (1 - u)
     d_gates[:, width:] = mix * (zs - h) * g * (1 - g)
     clear(d_gates, valid)
-    e, back = time_major(grad_out, valid, compute), weight.T  # the gradients of the states, in the end
+    multiply = StateProduct(weight.T, batch)
+    e = time_major(grad_out, valid, compute)  # the gradients of the states, in the end
     d_h, term = grad_last.T.astype(compute, order="C"), np.empty((width, batch), compute)
     for t in reversed(range(steps)):
         where, d_gate = running(valid, t), d_gates[t].reshape(2, width, batch)
         np.add(e[t], d_h, out=e[t], where=where)
         d_gate *= e[t]
-        np.matmul(back, d_gates[t], out=term)
+        multiply(d_gates[t], term)
         np.multiply(e[t], of_h[t], out=d_h, where=where)
         np.add(d_h, term, out=d_h, where=where)
     d_z = project(of_z.T, d_gates[:, width:])
