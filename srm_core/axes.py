@@ -13,16 +13,17 @@ from math import prod
 
 WORD = re.compile(r"(\d*)([A-Za-z]*)(\??)")
 ANY_SHAPE = "..."
+ANY = -1  # the factor of "*"
 
 
 @cache
 def _parse(axes: str) -> tuple[tuple[int, str, bool], ...]:
-    """(factor, name, may be 1) of each axis; a literal extent has no name, and "*" the factor 0."""
+    """(factor, name, may be 1) of each axis; a literal extent has no name, and "*" the factor ANY."""
     parsed = []
     for word in axes.split():
         found = WORD.fullmatch(word)
         if word == "*":
-            parsed.append((0, "", False))
+            parsed.append((ANY, "", False))
         elif found and (found[1] or found[2]):
             parsed.append((int(found[1] or 1), found[2], bool(found[3])))
         else:
@@ -39,7 +40,7 @@ def match(axes: str, shape: tuple[int, ...], known: Mapping[str, int]) -> dict[s
         return None
     dims: dict[str, int] = {}
     for (factor, name, maybe), extent in zip(words, shape, strict=True):
-        if not factor or (maybe and extent == 1):
+        if factor == ANY or (maybe and extent == 1):
             continue
         required = 1 if not name else known.get(name, dims.get(name))
         if required is None:

@@ -151,7 +151,7 @@ class Call:
             p, value = given[name]
             shape = tuple(value.shape)
             if ANY_SHAPE in p.axes:
-                whole = whole or shape
+                whole = shape if whole is None else whole
                 if shape != whole:
                     raise self.error(name, f"shape {shape}", f"{whole}, the shape of the first")
             for axes in p.axes:
@@ -198,6 +198,7 @@ def arrays_of(name: str, value: Any) -> list[tuple[str, Any]]:
 # Checks of options: each raises ValueError("what was found; required what").
 
 LARGEST = sys.float_info.max
+NUMBER = (int, float, np.integer, np.floating)
 
 
 def check_bool(name: str, value: Any, dims: Mapping[str, int]) -> None:
@@ -209,9 +210,9 @@ def check_number(low: float, high: float) -> Callable[[str, Any, Mapping[str, in
     """The check that an option is a number from low to high."""
 
     def check(name: str, value: Any, dims: Mapping[str, int]) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, NUMBER) or not low <= value <= high:
             most = f" to {high:g}" if high < LARGEST else " on"
-            raise ValueError(f"{value!r}; required a number from {low:g}{most}")
+            raise ValueError(f"{_brief(value)}; required a number from {low:g}{most}")
 
     return check
 
@@ -228,8 +229,13 @@ def check_count(low: int) -> Callable[[str, Any, Mapping[str, int]], None]:
 
 def check_finite(name: str, value: Any, dims: Mapping[str, int]) -> None:
     """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"{value!r}; required a finite number")
+    if isinstance(value, bool) or not isinstance(value, NUMBER) or not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{_brief(value)}; required a finite number")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_scale(name: str, value: Any, dims: Mapping[str, int]) -> None:
@@ -270,6 +276,16 @@ def check_lengths(op: str, lengths: Any, longest: int) -> None:
     if low < 0 or high > longest:
         bad = low if low < 0 else high
         raise ContractError(op, "lengths", f"the length {bad}", f"0 <= length <= T = {longest}")
+
+
+def lengths_check(op: str) -> Callable[..., None]:
+    """The `check_values` of an operator over T whose only values to look at are `lengths`."""
+
+    def check(dims: Mapping[str, int], *args: Any, lengths: Any, **options: Any) -> None:
+        if lengths is not None:
+            check_lengths(op, lengths, dims["T"])
+
+    return check
 
 
 def check_writable(op: str, param: str, value: Any) -> None:

@@ -33,6 +33,8 @@ from srm_core.spec import OpSpec, OptionSpec, OutputSpec, TensorSpec
         ("B? 3", (7, 4), {"B": 7}, None),
         ("B * D", (2, 9, 4), {"B": 2}, {"D": 4}),
         ("", (), {}, {}),
+        ("0 B", (0, 2), {}, {"B": 2}),
+        ("0 B", (5, 2), {}, None),
         ("...", (2, 3), {}, {"N": 6}),
         ("...", (), {}, {"N": 1}),
         ("...", (2, 3), {"N": 5}, None),
@@ -129,7 +131,8 @@ def test_dtypes_of_a_mask(dtype: str, mask: str, allowed: bool) -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), True, "0.5", None])
 def test_check_number(value: Any) -> None:
-    check_number(0, 1)("eps", 0.5, {})
+    for right in (0.5, 1, np.float32(0.5), np.int64(1)):
+        check_number(0, 1)("eps", right, {})
     with pytest.raises(ValueError, match="required a number from 0 to 1"):
         check_number(0, 1)("eps", value, {})
 

@@ -175,3 +175,21 @@ def test_a_gradient_that_cancels_may_be_what_float32_leaves_of_it(dtype: str) ->
         d_query[:, :, 0, 0] = left * np.abs(d_query).max()
         judgements = judge_vjp(spec, args, options, grads, [d_query.astype(dtype), *rest])
         assert (not wrong(judgements)) is right, left
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["pairs", "depthwise", "primes", "padded"])
+@pytest.mark.parametrize("op", ["conv_bn", "conv_bn_train"])
+def test_wrong_gradients_behind_a_relu_are_seen(op: str, name: str, dtype: str) -> None:
+    """No rounding decides in a sample whether an element has a gradient: that would allow anything."""
+    spec = SPECS[op]
+    args, options = spec.bind(*spec.sample(next(c for c in spec.cases if c.name == name), dtype))
+    assert options["activation"] == "relu"
+    outputs = spec.reference(np.float32, *args, **options)
+    grads = [np.random.default_rng(5).standard_normal(o.shape).astype(dtype) for o in outputs[:1]]
+    grads += [np.zeros(o.shape, "float32") for o in outputs[1:]]
+    gradients = [g if g is None else g.astype(dtype) for g in spec.vjp(np.float32, tuple(grads), *args, **options)]
+    assert not wrong(judge_vjp(spec, args, options, grads, gradients))
+    for i in (0, 1, spec.differentiable.index("bn_weight")):
+        bad = [g * np.float32(1.2) if k == i else g for k, g in enumerate(gradients)]
+        assert wrong(judge_vjp(spec, args, options, grads, [None if g is None else g.astype(dtype) for g in bad])), i

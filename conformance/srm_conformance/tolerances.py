@@ -35,12 +35,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from srm_core.contract import Call
-from srm_core.ops.common import TF32
+from srm_core.ops.common import TF32, finfo
 from srm_core.spec import HALF, Invariant, OpSpec
 
 Array = npt.NDArray[Any]
@@ -53,7 +52,6 @@ Run = Callable[[Any, Roundings | None, Arguments], list[Any]]
 FORWARD, BACKWARD = 2, 3  # k: how many times the error of the rounding model
 LEAST = 4  # eps that are allowed anyway
 NEIGHBOURS = 4
-_finfo: Callable[[str], Any] = ml_dtypes.finfo  # NumPy's knows no bfloat16
 EXTENDED = bool(np.finfo(np.longdouble).eps < np.finfo(np.float64).eps)  # not so on Windows and Apple silicon
 
 
@@ -371,7 +369,7 @@ def _measures(got: Array, truth: Array, dtype: str, k: int) -> tuple[Worst, Wors
     eps of float32 of what cancelled, where the truth is 0. So a row of a gradient of a half type is taken to be
     large enough, beside the largest one, for this to be eps of its own type.
     """
-    floor = float(_finfo(dtype).smallest_normal)
+    floor = float(finfo(dtype).smallest_normal)
     within = np.where(np.isfinite(_round(truth, dtype)), truth, truth.dtype.type(np.nan))
     least = floor
     if k == BACKWARD and dtype in HALF:
@@ -414,7 +412,7 @@ def _tf32(values: Array) -> Array:
 
 
 def _eps(dtype: str) -> float:
-    return float(_finfo(dtype).eps)
+    return float(finfo(dtype).eps)
 
 
 def _form(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers the dtype name "bfloat16" with NumPy)
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +14,7 @@ from srm_core.spec import Case
 Array = npt.NDArray[Any]
 Rounding = Callable[[str, Array], Array]
 STATE, GATE_GRADIENTS = "h", "gate gradients"  # operands of the products of lstm and mdi_recurrence
+finfo: Callable[[str], Any] = ml_dtypes.finfo  # NumPy's knows no bfloat16
 TF32 = "tf32 products"  # the operands of matrix products, under srm_core.precision("tf32") alone
 
 

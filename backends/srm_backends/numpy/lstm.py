@@ -20,9 +20,11 @@ def forward(
     (batch, steps, _), width, compute = x.shape, w_hh.shape[1], compute_dtype(x.dtype)
     valid = valid_steps(lengths, batch, steps)
     gates = project(w_ih.astype(compute, copy=False), time_major(x, valid, compute))  # (T, 4H, B)
-    for bias in (b_ih, b_hh):
-        if bias is not None:
-            gates += bias.astype(compute)[:, None]
+    bias = np.zeros(4 * width, compute)
+    for b in (b_ih, b_hh):
+        if b is not None:
+            bias += b
+    gates += bias[:, None]
     multiply = StateProduct(w_hh.astype(compute, copy=False), batch)
     states, cells = (np.empty((steps, width, batch), compute) for _ in range(2))
     h, c = (_start(s, width, batch, compute) for s in (h0, c0))  # (H, B)

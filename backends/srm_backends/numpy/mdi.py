@@ -1,7 +1,7 @@
 """`mdi` on NumPy: blocks of elements that stay in the cache while a dozen simple passes go over them.
 
 Forward and backward walk over flat views of the arguments, converting a block at a time to the dtype of computation;
-so no temporary is larger than a block, whatever the dtype.
+so beside contiguous arguments no temporary is larger than a block, whatever the dtype.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict
     mean, var = normal(rng, (case.dims["O"],), wide), uniform(rng, (case.dims["O"],), wide, 0.5, 2)
     bn_weight, bn_bias = given["bn_weight"], given["bn_bias"]
     if samples.kinked(case):
-        middles = samples.widest_gaps(samples.convolved(case, given))
+        middles = samples.away_from_values(samples.convolved(case, given), dtype)
         rate = (1 if bn_weight is None else bn_weight.astype("float64")) / np.sqrt(var.astype("float64"))
         mean = (middles + (0 if bn_bias is None else bn_bias.astype("float64") / rate)).astype(wide)
     return (given["x"], given["weight"], given["bias"], mean, var, bn_weight, bn_bias), samples.options(case)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from srm_core.ops.common import Array, exact, generator, itemsize, normal, uniform
+from srm_core.ops.common import Array, exact, finfo, generator, itemsize, normal, uniform
 from srm_core.ops.conv_bn.convolution import convolve, geometry
 from srm_core.spec import HALF, Case, ErrorSample
 
@@ -95,14 +95,19 @@ def kinked(case: Case) -> bool:
     return case.settings.get("activation") == "relu" and "ci" in case.tags and case.dims["B"] > 0
 
 
-def widest_gaps(values: Array) -> Array:
-    """A number for each channel of (B, O, P, Q), in the middle of the widest gap among the inner half of its values."""
-    sorted_values = np.sort(values.swapaxes(0, 1).reshape(values.shape[1], -1))
-    quarter = sorted_values.shape[1] // 4
-    inner = sorted_values[:, quarter : sorted_values.shape[1] - quarter]
+def away_from_values(values: Array, dtype: str) -> Array:
+    """A number for each channel of (B, O, P, Q) that is not near a value.
+
+    It is the middle of the widest gap among the inner half of the values. Where that is within reach of the rounding of `dtype`, it lies below all values.
+    """
+    ordered = np.sort(values.swapaxes(0, 1).reshape(values.shape[1], -1))
+    quarter = ordered.shape[1] // 4
+    inner = ordered[:, quarter : ordered.shape[1] - quarter]
     at = np.diff(inner).argmax(1)[:, None]
-    middles: Array = (np.take_along_axis(inner, at, 1) + np.take_along_axis(inner, at + 1, 1))[:, 0] / 2
-    return middles
+    low, high = (np.take_along_axis(inner, at + i, 1)[:, 0] for i in (0, 1))
+    reach = 8 * float(finfo(dtype).eps) * ordered.std(1)
+    found: Array = np.where(high - low > 2 * reach, (low + high) / 2, ordered[:, 0] - reach)
+    return found
 
 
 def products(case: Case) -> int:

@@ -23,7 +23,7 @@ def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict
         mean, var = (f(c, (0, 2, 3), keepdims=True) for f in (np.mean, np.var))
         normal = (c - mean) / np.sqrt(var + case.settings.get("eps", 1e-5))
         gamma = 1 if given["bn_weight"] is None else given["bn_weight"].astype("float64")[:, None, None]
-        given["bn_bias"] = -samples.widest_gaps(normal * gamma).astype(given["weight"].dtype)
+        given["bn_bias"] = -samples.away_from_values(normal * gamma, dtype).astype(given["weight"].dtype)
     names = ("x", "weight", "bias", "bn_weight", "bn_bias")
     return tuple(given[n] for n in names), samples.options(case)
 

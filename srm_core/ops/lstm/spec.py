@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from srm_core.contract import check_lengths
+from srm_core.contract import lengths_check
 from srm_core.ops.common import GATE_GRADIENTS, STATE, TF32
 from srm_core.ops.lstm import cases
 from srm_core.ops.lstm.reference import reference, vjp
 from srm_core.spec import Invariant, OpSpec, OutputSpec, ResidualSpec, TensorSpec
-
-
-def _check_values(dims: Mapping[str, int], *args: Any, lengths: Any) -> None:
-    if lengths is not None:
-        check_lengths("lstm", lengths, dims["T"])
-
 
 SPEC = OpSpec(
     name="lstm",
@@ -39,7 +30,7 @@ SPEC = OpSpec(
     shape_order=("x", "w_ih"),
     reference=reference,
     vjp=vjp,
-    check_values=_check_values,
+    check_values=lengths_check("lstm"),
     residuals=(ResidualSpec("gates", "B T 4H"), ResidualSpec("states", "B T H"), ResidualSpec("cells", "B T H")),
     permitted_roundings=(STATE, GATE_GRADIENTS, TF32),
     cases=cases.CASES,

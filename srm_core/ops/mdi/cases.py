@@ -87,6 +87,7 @@ def _wrong(name: str, param: str, value: Any, **options: Any) -> ErrorSample:
 ERROR_SAMPLES = (
     _wrong("h of another shape", "h", _f32(2, 4)),
     _wrong("h of as many elements", "h", _f32(3, 2)),
+    ErrorSample("z without axes beside one element", "h", lambda: ((_f32(), *(_f32(1) for _ in range(3))), {})),
     _wrong("gate_logits that would broadcast", "gate_logits", _f32(3)),
     _wrong("decay_logits missing", "decay_logits", None),
     _wrong("modulation_logits of another rank", "modulation_logits", _f32(1, 2, 3)),

@@ -17,7 +17,13 @@ SPEC = OpSpec(
         TensorSpec("gate_logits", ("...",), doc="how much of z replaces h, before the sigmoid"),
         TensorSpec("decay_logits", ("...",), doc="how much of h is kept besides, before the sigmoid"),
         TensorSpec("modulation_logits", ("...",), optional=True, doc="of a second factor of gamma; None: that is 1"),
-        OptionSpec("eps", check_number(0, 0.5), default=1e-6, keyword=True, doc="gamma lies within eps and 1 - eps"),
+        OptionSpec(
+            "eps",
+            check_number(0, 0.5),
+            default=1e-6,
+            keyword=True,
+            doc="gamma is clamped to eps and 1 - eps, before rounding",
+        ),
     ),
     outputs=(
         OutputSpec("h_new", "...", like=("h",), doc="the new state"),

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from srm_core.contract import check_finite, check_lengths
+from srm_core.contract import check_finite, lengths_check
 from srm_core.ops.common import GATE_GRADIENTS, STATE, TF32
 from srm_core.ops.mdi_recurrence import cases
 from srm_core.ops.mdi_recurrence.reference import reference, vjp
 from srm_core.spec import Invariant, OpSpec, OptionSpec, OutputSpec, ResidualSpec, TensorSpec
-
-
-def _check_values(dims: Mapping[str, int], *args: Any, mix: float, lengths: Any) -> None:
-    if lengths is not None:
-        check_lengths("mdi_recurrence", lengths, dims["T"])
-
 
 SPEC = OpSpec(
     name="mdi_recurrence",
@@ -39,7 +30,7 @@ SPEC = OpSpec(
     shape_order=("z",),
     reference=reference,
     vjp=vjp,
-    check_values=_check_values,
+    check_values=lengths_check("mdi_recurrence"),
     residuals=(ResidualSpec("states", "B T D"), ResidualSpec("gates", "B T 2D")),
     permitted_roundings=(STATE, GATE_GRADIENTS, TF32),
     cases=cases.CASES,

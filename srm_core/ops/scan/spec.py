@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from srm_core.contract import check_bool, check_lengths
+from srm_core.contract import check_bool, lengths_check
 from srm_core.ops.scan import cases
 from srm_core.ops.scan.reference import reference, vjp
 from srm_core.spec import Invariant, OpSpec, OptionSpec, OutputSpec, ResidualSpec, TensorSpec
-
-
-def _check_values(
-    dims: Mapping[str, int], gates: Any, tokens: Any, initial_state: Any, *, reverse: bool, lengths: Any
-) -> None:
-    if lengths is not None:
-        check_lengths("scan", lengths, dims["T"])
-
 
 SPEC = OpSpec(
     name="scan",
@@ -47,7 +36,7 @@ SPEC = OpSpec(
     shape_order=("tokens", "gates"),
     reference=reference,
     vjp=vjp,
-    check_values=_check_values,
+    check_values=lengths_check("scan"),
     residuals=(ResidualSpec("states", "B T D"),),
     cases=cases.CASES,
     sample=cases.sample,
