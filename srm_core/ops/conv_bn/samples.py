@@ -98,7 +98,8 @@ def kinked(case: Case) -> bool:
 def away_from_values(values: Array, dtype: str) -> Array:
     """A number for each channel of (B, O, P, Q) that is not near a value.
 
-    It is the middle of the widest gap among the inner half of the values. Where that is within reach of the rounding of `dtype`, it lies below all values.
+    It is the middle of the widest gap among the inner half of the values, or lies below all of them where that gap
+    is within reach of the rounding of `dtype`.
     """
     ordered = np.sort(values.swapaxes(0, 1).reshape(values.shape[1], -1))
     quarter = ordered.shape[1] // 4
