@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import Any
 
 import pluggy
@@ -44,7 +46,10 @@ class Plugin:
 class PluginSet:
     """All plugins of one discovery. `blocked` entry points are never imported."""
 
-    def __init__(self, blocked: frozenset[str] = frozenset(), own_ops: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, blocked: frozenset[str] = frozenset(), own_ops: frozenset[str] = frozenset(),
+        local: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.own_ops = own_ops  # the operators of srm-core itself, which no plugin may replace
         self.manager = pluggy.PluginManager(hookspecs.PROJECT)
         self.manager.add_hookspecs(hookspecs)
@@ -66,9 +71,13 @@ class PluginSet:
             # A plugin that calls sys.exit or panics in Rust at import is broken, too; only an interrupt is the user's.
             except BaseException as error:
                 self._quarantine(entry, error)
+        for name, module in local.items():  # its author is here, and sees what it raises
+            self.plugins.append(self._register(EntryPoint(name, "", GROUP), module))
 
     def _load(self, entry: EntryPoint) -> Plugin:
-        module = entry.load()
+        return self._register(entry, entry.load())
+
+    def _register(self, entry: EntryPoint, module: Any) -> Plugin:
         self.manager.register(module, name=entry.name)
         unknown = [caller.name for caller in self._hooks(module) if caller.spec is None]
         if unknown:

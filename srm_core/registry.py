@@ -6,7 +6,8 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -47,7 +48,7 @@ class Registry:
         from srm_core.ops import SPECS  # the operators import the call path, which imports this module
 
         self.config = Config.from_environ()
-        self.plugins = PluginSet(self.config.blocked, frozenset(SPECS))
+        self.plugins = PluginSet(self.config.blocked, frozenset(SPECS), _local_plugins)
         self.specs: dict[str, OpSpec] = dict(SPECS)
         for plugin in self.plugins.plugins:
             self.specs.update((op.name, op) for op in plugin.ops)
@@ -156,8 +157,17 @@ def _met(requirement: Requirement) -> bool:
         return False
 
 
+Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+_wrap: Wrap | None = None
+
+
 def resolve(target: str) -> Callable[..., Any]:
     """Import "package.module:function". Errors: `PluginError` with the cause."""
+    function = _imported(target)
+    return function if _wrap is None else _wrap(target, function)
+
+
+def _imported(target: str) -> Callable[..., Any]:
     module, _, names = target.partition(":")
     try:
         function: Any = importlib.import_module(module)
@@ -171,6 +181,7 @@ def resolve(target: str) -> Callable[..., Any]:
 _lock = threading.RLock()
 _registry: Registry | None = None
 _on_reload: list[Callable[[], None]] = []
+_local_plugins: dict[str, Any] = {}
 
 
 def _renew_lock() -> None:
@@ -209,5 +220,40 @@ def reload_config() -> None:
     global _registry
     with _lock:
         _registry = Registry()
-        for forget in _on_reload:
-            forget()
+        _forget()
+
+
+def _forget() -> None:
+    for forget in _on_reload:
+        forget()
+
+
+@contextmanager
+def instrumented(wrap: Wrap) -> Iterator[None]:
+    """Within it every target, in all threads, is `wrap(target, function)`; for those who watch kernels run.
+
+    What was decided before, or within, is decided again afterwards.
+    """
+    global _wrap
+    before = _wrap
+    try:
+        with _lock:
+            _wrap = wrap
+            _forget()
+        yield
+    finally:
+        with _lock:
+            _wrap = before
+            _forget()
+
+
+@contextmanager
+def local_plugin(name: str, module: Any) -> Iterator[None]:
+    """Within it `module` is a plugin called `name` in this process, though no package has installed it."""
+    _local_plugins[name] = module
+    try:
+        reload_config()
+        yield
+    finally:
+        del _local_plugins[name]
+        reload_config()

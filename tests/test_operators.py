@@ -735,7 +735,7 @@ def test_a_judgement_says_what_where_and_why() -> None:
     one = run("scan", "small", "float16", "numpy")
     y, final = one.forward()
     y[1, 3, 2] += 1
-    (_, row) = (j for j in judge_forward(one.spec, *one.before, (y, final)) if not j.ok)
+    (_, row, _) = (j for j in judge_forward(one.spec, *one.before, (y, final)) if not j.ok)
     assert (row.what, row.measure, row.index) == ("y", "row", (1, 3, 2))
     assert row.got == str(y[1, 3, 2])
     assert row.ratio == row.error / row.allowed > 100
