@@ -35,7 +35,7 @@ def srm_ops() -> list[OpSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def srm_conformance_profile(backend: str) -> Any:
-    """What the conformance suite should know of this backend."""
+    """What the conformance suite should know of this backend: a `srm_conformance.profile.Profile`, or None."""
 
 
 @hookspec

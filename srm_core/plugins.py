@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextvars import copy_context
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,7 @@ from packaging.requirements import Requirement
 from srm_core import hookspecs
 from srm_core.config import AUTO
 from srm_core.errors import PluginError, UnknownNameError
+from srm_core.guards import Loading
 from srm_core.spec import API_VERSION, BackendInfo, Feature, Kernel, OpSpec
 
 logger = logging.getLogger(__name__)
@@ -35,12 +37,14 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A loaded plugin with what it declared."""
+    """A loaded plugin with what it declared. notes: what it should not have done while it loaded."""
 
     name: str
     distribution: str
     backends: tuple[BackendInfo, ...]
     ops: tuple[OpSpec, ...]
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 class PluginSet:
@@ -59,25 +63,39 @@ class PluginSet:
         entries = entry_points(group=GROUP)
         for name in sorted(blocked - set(entries.names)):
             raise UnknownNameError("plugin", name, entries.names, source="SRM_BLOCK")
-        # Built-in plugins first, so that a stranger cannot take one of their names.
-        for entry in sorted(entries, key=lambda e: (_distribution(e) != BUILT_IN, e.name)):
+        # Built-in plugins first, so that a stranger cannot take one of their names; then in an order that does not
+        # depend on the machine, so that of two that claim one name the same one always has it.
+        for entry in sorted(entries, key=lambda e: (_distribution(e) != BUILT_IN, e.name, _distribution(e))):
             if entry.name in blocked:
                 self.blocked.append(entry.name)
-                continue
-            try:
-                self.plugins.append(self._load(entry))
-            except KeyboardInterrupt:
-                raise
-            # A plugin that calls sys.exit or panics in Rust at import is broken, too; only an interrupt is the user's.
-            except BaseException as error:
-                self._quarantine(entry, error)
+            else:
+                copy_context().run(self._add, entry)  # what it sets of the context is its own
         for name, module in local.items():  # its author is here, and sees what it raises
             self.plugins.append(self._register(EntryPoint(name, "", GROUP), module))
 
-    def _load(self, entry: EntryPoint) -> Plugin:
-        return self._register(entry, entry.load())
+    def _add(self, entry: EntryPoint) -> None:
+        logger.debug("loading plugin %r (%s)", entry.name, _distribution(entry))
+        try:
+            with Loading() as seen:
+                plugin = self._register(entry, entry.load())
+        except KeyboardInterrupt:
+            logger.warning(
+                "interrupted while plugin %r (%s) was loading; SRM_BLOCK=%s leaves it out",
+                entry.name, _distribution(entry), entry.name,
+            )  # fmt: skip
+            raise
+        # A plugin that calls sys.exit or panics in Rust at import is broken, too; only an interrupt is the user's.
+        except BaseException as error:
+            self._quarantine(entry, error)
+        else:
+            self.plugins.append(replace(plugin, seconds=seen.seconds, notes=tuple(seen.notes)))
 
     def _register(self, entry: EntryPoint, module: Any) -> Plugin:
+        for plugin in self.plugins:
+            if plugin.name == entry.name:
+                raise PluginError(
+                    f"the entry point {entry.name!r} is already taken by {plugin.distribution}; uninstall one of the two"
+                )
         self.manager.register(module, name=entry.name)
         unknown = [caller.name for caller in self._hooks(module) if caller.spec is None]
         if unknown:
@@ -119,7 +137,7 @@ class PluginSet:
         # An entry point may bear the name of one that is loaded, which keeps its hooks.
         if self.manager.has_plugin(entry.name) and entry.name not in (p.name for p in self.plugins):
             self.manager.unregister(name=entry.name)
-        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        line = _line(error)
         logger.warning("plugin %r is quarantined: %s", entry.name, line)
         text = "".join(traceback.format_exception(error))
         self.quarantined.append(Quarantined(entry.name, _distribution(entry), line, text))
@@ -134,12 +152,18 @@ class PluginSet:
         """Every reason that the plugin gives why `backend` cannot run here."""
         return [reason for reasons in self._call(plugin, "srm_probe", backend=backend) for reason in reasons]
 
+    def profiles(self, plugin: str, backend: str) -> list[Any]:
+        """What the plugin tells the conformance suite of its `backend`."""
+        return self._call(plugin, "srm_conformance_profile", backend=backend)
+
     def notify(self, decision: Any) -> None:
         """Tell the observers; one that raises is logged and changes nothing."""
         for implementation in self.manager.hook.srm_on_decision.get_hookimpls():
             try:
                 self._call(implementation.plugin_name, "srm_on_decision", decision=decision)
-            except Exception:
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # no observer may end the program that it watches
                 logger.exception("plugin %r: srm_on_decision raised", implementation.plugin_name)
 
 
@@ -176,4 +200,14 @@ def _check_tuple(where: str, name: str, value: Any, kind: type) -> None:
 
 
 def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "unknown"
+    # Its name is None where an uninstallation was cut short.
+    return (entry.dist is not None and entry.dist.name) or "unknown"
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, whose own text may be broken, too."""
+    try:
+        text = str(error).strip()
+    except Exception as another:
+        text = f"(its text cannot be had: {type(another).__name__})"
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -82,10 +82,16 @@ class Registry:
 
     def check_selection(self, selection: Selection) -> None:
         for name in selection.names:
-            if name != AUTO and name not in self.backends:
-                raise UnknownNameError(
-                    "backend", name, [*self.backends, AUTO], source=selection.source, note=self._lost(name)
-                )
+            if name != AUTO:
+                self.backend(name, [*self.backends, AUTO], selection.source)
+
+    def backend(self, name: str, known: Iterable[str] = (), source: str = "") -> tuple[BackendInfo, Plugin]:
+        """The backend `name` and its plugin. Errors: `UnknownNameError`, with the `known` names."""
+        try:
+            return self.backends[name]
+        except KeyError:
+            known = known or self.backends
+            raise UnknownNameError("backend", name, known, source=source, note=self._lost(name)) from None
 
     def _lost(self, name: str) -> str:
         if name in self.plugins.blocked:

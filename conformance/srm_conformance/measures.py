@@ -13,6 +13,9 @@ Array = npt.NDArray[Any]
 Worst = tuple[float, tuple[int, ...]]  # an error, and the index of the element that is to blame
 
 
+NAN = 2  # of `kinds_of`
+
+
 def frobenius_error(got: Array, truth: Array, floor: float = 0.0) -> Worst:
     """The norm of got - truth over the norm of truth, and where they differ most.
 
@@ -79,7 +82,7 @@ def kinds_of(values: Array) -> Array:
     if np.isfinite(values).all():
         return np.zeros(np.shape(values), np.int8)
     wide = values.astype(np.longdouble)
-    return np.where(np.isnan(wide), 2, np.where(np.isinf(wide), np.sign(wide), 0))
+    return np.where(np.isnan(wide), NAN, np.where(np.isinf(wide), np.sign(wide), 0))
 
 
 def rounded_to(values: Array, dtype: Any) -> Array:

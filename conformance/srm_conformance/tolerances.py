@@ -30,7 +30,9 @@ allowed by less than `APPEAL` times is judged once more, against `MORE_NEIGHBOUR
 
 NaN and infinity must stand where the rounded truth has them, with the same sign, or where the rounding model
 has them: past the range of float32 a kernel cannot do better than float32 arithmetic does. An element that is
-not finite on one side takes no part in the measures. A half type overflows where its rounded truth does.
+not finite on one side takes no part in the measures. A half type overflows where its rounded truth does. In a gradient
+NaN may stand for infinity and infinity for NaN: where a factor stands, before a sum or in each of its terms, decides
+between them, and is left open.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from typing import Any, Literal
 import numpy as np
 
 from srm_conformance.measures import (
+    NAN,
     Array,
     Worst,
     eps_of,
@@ -226,6 +229,8 @@ class _Standard:
         rounded = rounded_to(self.truth, self.dtype)
         kinds = kinds_of(got)
         wrong = (kinds != kinds_of(rounded)) & (kinds != kinds_of(self.model))
+        if self.gradient:  # a factor may stand before or within a sum of infinities of both signs
+            wrong &= ~_neither_finite_nor_known(kinds, kinds_of(rounded))
         judgements = [self._judgement("non-finite", (float(wrong.sum()), where_largest(wrong)), 0.0, "", got, rounded)]
         eps = eps_of(self.dtype)
         for measure, worst, of_model in zip(
@@ -404,6 +409,12 @@ def _measures(got: Array, truth: Array, dtype: str, gradient: bool) -> tuple[Wor
         largest = np.abs(within).max(initial=0, where=np.isfinite(within))
         least = max(floor, float(largest) * eps_of("float32") / eps_of(dtype))
     return frobenius_error(got, within, floor), row_error(got, within, least), peak_error(got, within, floor)
+
+
+def _neither_finite_nor_known(kinds: Array, expected: Array) -> Array:
+    """Where both are not finite, and one is NaN."""
+    both: Array = (kinds != 0) & (expected != 0) & ((kinds == NAN) | (expected == NAN))
+    return both
 
 
 def _form(value: Any) -> str:
