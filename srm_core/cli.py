@@ -15,6 +15,7 @@ from rich.table import Table
 
 import srm_core
 from srm_core.errors import SRMError
+from srm_core.guards import results_only
 
 
 class _Console(Console):
@@ -141,47 +142,19 @@ def backends(*, json: bool = False, traceback: bool = False) -> None:
     traceback
         Show the whole traceback of each plugin that could not be used.
     """
-    listing = srm_core.list_backends()
+    from srm_core.commands.backends import run
+
+    with results_only():  # what plugins print is no part of the listing
+        listing = srm_core.list_backends()
     if json:
         _print_json(
             {
-                "backends": listing.backends, "blocked": listing.blocked, "quarantined": listing.quarantined,
-                "operators": [vars(c) for c in listing.cells],
+                "backends": listing.backends, "plugins": listing.plugins, "blocked": listing.blocked,
+                "quarantined": listing.quarantined, "operators": [vars(c) for c in listing.cells],
             }
         )  # fmt: skip
-        return
-    console = _Console(highlight=False)
-    names = [b["name"] for b in listing.backends]
-    table = Table(title="operator × backend")
-    table.add_column("operator", no_wrap=True)
-    for name in names:
-        table.add_column(name)
-    notes = []
-    for op in listing.ops:
-        row = []
-        for name in names:
-            cell = listing.cell(op, name)
-            row.append(cell.provides)
-            notes += [f"{op} on {name}: {reason}" for reason in cell.reasons]
-        table.add_row(op, *row)
-    console.print(table)
-    for note in notes:
-        console.print(f"  {note}", markup=False, soft_wrap=True)
-    for backend in listing.backends:
-        if not backend["built_in"]:
-            console.print(f"  {backend['name']}: from {backend['distribution']}", markup=False)
-    for name in listing.blocked:
-        console.print(f"  {name}: blocked by SRM_BLOCK, not loaded", markup=False)
-    for plugin in listing.quarantined:
-        console.print(
-            f"  quarantined: {plugin['name']} ({plugin['distribution']}): {plugin['error']}",
-            markup=False,
-            soft_wrap=True,
-        )
-        if traceback:
-            console.print(plugin["traceback"], markup=False, soft_wrap=True)
-    if listing.quarantined and not traceback:
-        console.print("  see the whole error with: srm-core backends --traceback", markup=False)
+    else:
+        run(listing, traceback, _Console(highlight=False))
 
 
 @app.command
@@ -224,7 +197,11 @@ def explain(
                 "op": decision.op, "call": decision.call, "chosen": decision.chosen, "why": decision.why,
                 "selection": decision.selection, "source": decision.source,
                 "candidates": [
-                    {"backend": c.backend, "reasons": [vars(r) for r in c.reasons or ()]} for c in decision.candidates
+                    {
+                        "backend": c.backend, "reasons": [vars(r) for r in c.reasons or ()],
+                        "conformance": c.conformance,
+                    }
+                    for c in decision.candidates
                 ],
             }
         )  # fmt: skip
@@ -232,11 +209,64 @@ def explain(
         console = _Console(highlight=False)
         console.print(decision.call, markup=False, soft_wrap=True)
         console.print(f"chosen: {decision.chosen or 'none'} ({decision.why})", markup=False, soft_wrap=True)
-        table = Table("backend", "what it said")
-        for row in decision.rows():
-            table.add_row(*row)
+        table = Table("backend", "what it said", "conformance")
+        for (name, said), candidate in zip(decision.rows(), decision.candidates, strict=True):
+            table.add_row(name, said, candidate.conformance)
         console.print(table)
     return 0 if decision.chosen else 1
+
+
+@app.command
+def conformance(
+    name: str,
+    /,
+    *,
+    op: Annotated[list[str] | None, Parameter(negative="")] = None,
+    device: str = "cpu",
+    arrays: str | None = None,
+    xfails: Path | None = None,
+    certificate: Path | None = None,
+    only: str = "",
+    profile: str = "ci",
+    seed: int = 0,
+    large: bool = False,
+    processes: int = 1,
+) -> int:
+    """Check whether an installed backend is right, and keep its certificate for explain. Exit code 1 if it is not.
+
+    Parameters
+    ----------
+    name
+        The backend, as srm-core backends calls it.
+    op
+        Only this operator; may be given several times.
+    device
+        cpu, cuda or mps.
+    arrays
+        numpy, torch or cupy: whose arrays it is given, if not those that its kernels take natively.
+    xfails
+        A TOML file of known failures.
+    certificate
+        Write the certificate here, and not where explain looks for it.
+    only
+        Only items of this id; * stands for any text. Earns no certificate.
+    profile
+        ci, or wide: many more random calls.
+    seed
+        Of the random calls of the profile wide.
+    large
+        Also arrays of 2**31 elements, which take much memory and minutes.
+    processes
+        How many to run at once; more than one needs pytest-xdist.
+    """
+    from srm_core.commands.conformance import check_installed
+
+    check_installed(processes)
+    from srm_conformance.command import run
+    from srm_conformance.session import Options
+
+    options = Options(name, device, arrays, tuple(op or ()), only, xfails, profile, seed, large)
+    return run(options, certificate, processes)
 
 
 @app.command

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from srm_core import certificates
 from srm_core.bridge import view_library
 from srm_core.config import Selection, State, parse_selection
 from srm_core.contract import Call, arrays_of
@@ -24,6 +25,13 @@ class Candidate:
 
     backend: str
     reasons: tuple[Reason, ...] | None
+    entry: Entry | None = field(default=None, repr=False, compare=False)
+    platform: str = field(default="cpu", repr=False, compare=False)
+
+    @property
+    def conformance(self) -> str:
+        """What its certificate says of the operator; read from its file at each look."""
+        return certificates.verdict(self.entry, self.platform) if self.entry is not None else ""
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,10 @@ def decide(
     chosen: Entry | None = None
     for name, entry in found.candidates(op, selection, call.array_library):
         if chosen is not None and not all_of:
-            asked.append(Candidate(name, None))
+            asked.append(Candidate(name, None, entry, call.platform))
             continue
         reasons = tuple(_why_not(found, entry, call, state, gradients))
-        asked.append(Candidate(name, reasons))
+        asked.append(Candidate(name, reasons, entry, call.platform))
         if chosen is None and not reasons:
             chosen = entry
     why = _why(chosen, selection, call) if chosen else f"{selection.source} selects {selection}"

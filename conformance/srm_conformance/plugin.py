@@ -7,6 +7,7 @@ environment in which the distribution is installed: until it is asked for, it im
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -224,17 +225,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    state = config.stash[STATE]
-    if not state.ended:
-        return
+    if config.stash[STATE].ended:
+        terminalreporter.section("conformance")
+        for line in closing_lines(config, shutil.get_terminal_size().columns):
+            terminalreporter.write_line(line)
+
+
+def closing_lines(config: pytest.Config, width: int) -> list[str]:
+    """What there is to say at the end of a run: the matrix of each backend, counts, where the certificate is."""
     from srm_conformance.summary import closing, matrix
 
+    state, lines = config.stash[STATE], []
     for session in state.sessions:
         ended = [e for e in state.ended if (e.backend, e.device) == (session.options.backend, session.options.device)]
-        if not ended:
-            continue
-        terminalreporter.section(f"conformance of {session.options.backend}")
-        for line in [*matrix(ended, max(80, terminalreporter._tw.fullwidth)), "", *closing(session, ended)]:
-            terminalreporter.write_line(line)
-    for note in state.notes:
-        terminalreporter.write_line(note)
+        if ended:
+            lines += [*matrix(ended, max(80, width)), "", *closing(session, ended)]
+    return lines + state.notes

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from srm_conformance.certificate import counts, verdict_of
+from srm_conformance.checks import CHECKS
+from srm_conformance.checks.device import DEVICE_CHECKS
 from srm_conformance.session import Ended, Session
+from srm_core.registry import registry
 
 LEGEND = "a number: passed; F: failed; x: failed as expected; n: not claimed by the backend"
 
 
 def matrix(ended: Sequence[Ended], width: int = 100) -> list[str]:
     """Lines of a table, operator by check, in as many parts as the width needs."""
-    ops = list(dict.fromkeys(e.op for e in ended))
-    checks = list(dict.fromkeys(e.check for e in ended))
+    ops = [o for o in registry().specs if any(e.op == o for e in ended)]
+    seen = {e.check for e in ended}
+    checks = [c for c in (*CHECKS, *DEVICE_CHECKS, *sorted(seen)) if c in seen]
+    checks = list(dict.fromkeys(checks))
     cells = {(o, c): _cell([e for e in ended if (e.op, e.check) == (o, c)]) for o in ops for c in checks}
     verdicts = {o: verdict_of([e for e in ended if e.op == o]) for o in ops}
     first = max(len(o) for o in ["operator", *ops])

@@ -53,7 +53,6 @@ def predicates(target: Target) -> Iterator[Item]:
                 values = sampled(target.spec, case, dtype)
                 answers = []
                 for _ in range(2):
-                    srm_core.reload_config()
                     trial = Trial(target.subject, target.spec, values, target.library, report)
                     try:
                         trial.claimed()

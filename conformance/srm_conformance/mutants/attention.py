@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from srm_backends.numpy.common import compute_dtype, quiet
+
 from srm_conformance.measures import tf32
 from srm_conformance.mutants.common import each, is_half, put, rounded, tampered
 from srm_conformance.mutants.mutant import backward, forward
-
 from srm_core.ops.attention.reference import default_scale
 
 ATTENTIONS = ("attention", "hds_query")

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from srm_conformance.measures import rounded_to
 
+from srm_conformance.measures import rounded_to
 from srm_core.context import Residuals
 
 SEQUENCES = ("scan", "recurrent_mix", "mdi_recurrence", "lstm")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from srm_backends.numpy.common import compute_dtype, quiet, result
+
 from srm_conformance.measures import tf32
 from srm_conformance.mutants.common import is_half, put, stepwise, tampered
 from srm_conformance.mutants.mutant import backward, forward
@@ -230,7 +231,9 @@ def _gates_in_order(args: Any, order: tuple[int, ...]) -> Any:
     def ordered(weights: Any) -> Any:
         if weights is None:
             return None
-        parts = weights.reshape(4, -1, *weights.shape[1:]) if weights.size else weights.reshape(4, 0, *weights.shape[1:])
+        parts = (
+            weights.reshape(4, -1, *weights.shape[1:]) if weights.size else weights.reshape(4, 0, *weights.shape[1:])
+        )
         return parts[list(order)].reshape(weights.shape)
 
     return (args[0], *map(ordered, args[1:5]), *args[5:])

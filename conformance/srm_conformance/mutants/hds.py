@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from srm_backends.numpy.common import compute_dtype, quiet, result
+
 from srm_conformance.mutants.common import is_half, put, tampered
 from srm_conformance.mutants.mutant import backward, forward
 from srm_core.ops.hds_pool.hierarchy import level_sizes
@@ -108,7 +108,11 @@ def means_of_pairs(honest: Any, ctx: Any, memory: Any, *, num_levels: int, pool:
     for level in levels:
         windows = _windows(below, pool)
         for i in range(pool):
-            level[...] = (level * level.dtype.type(i) + windows[..., i, :]) / level.dtype.type(i + 1) if i else windows[..., 0, :]
+            level[...] = (
+                (level * level.dtype.type(i) + windows[..., i, :]) / level.dtype.type(i + 1)
+                if i
+                else windows[..., 0, :]
+            )
         below = level
     return levels
 

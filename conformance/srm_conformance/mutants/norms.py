@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from srm_backends.numpy.common import compute_dtype, quiet
+
 from srm_conformance.mutants.common import is_half, put, tampered
 from srm_conformance.mutants.mutant import backward, forward
 

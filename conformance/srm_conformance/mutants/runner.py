@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from types import SimpleNamespace
 
 from srm_conformance.mutants import mutants
 from srm_conformance.mutants.mutant import Mutant
@@ -15,6 +14,7 @@ from srm_conformance.proof import watched
 from srm_conformance.session import Options, Session
 from srm_core.hookspecs import hookimpl
 from srm_core.registry import local_plugin
+from srm_core.spec import BackendInfo
 
 NAME = "mutant"
 
@@ -35,17 +35,27 @@ class Fate:
         return bool(self.killer)
 
 
+class _Plugin:
+    """A plugin that is one backend."""
+
+    def __init__(self, info: BackendInfo) -> None:
+        self.info = info
+
+    @hookimpl
+    def srm_backend_info(self) -> BackendInfo:
+        return self.info
+
+
 def try_out(mutant: Mutant) -> Fate:
     """Run the suite on a mutant until an item fails."""
     start = time.perf_counter()
-    info = mutant.backend(NAME)
-    plugin = SimpleNamespace(srm_backend_info=hookimpl(lambda: info))
     killer = message = ""
     number = 0
-    with local_plugin(NAME, plugin):
+    with local_plugin(NAME, _Plugin(mutant.backend(NAME))):
         session = Session(Options(NAME, ops=(mutant.op,)))
         with watched():
-            for number, item in enumerate(session.items, 1):
+            for item in session.items:
+                number += 1
                 ended = session.run(item)
                 if ended.verdict == "failed":
                     killer, message = ended.id, ended.message
@@ -73,5 +83,3 @@ def run(chosen: Iterable[Mutant], processes: int) -> Iterator[Fate]:
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for group in [pool.submit(_try_out_all, *g) for g in largest_first]:
             yield from group.result()
-
-

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from srm_backends.numpy.common import result
+
 from srm_conformance.mutants.common import SEQUENCES, beyond, each, is_half, put, stepwise, tampered
 from srm_conformance.mutants.mutant import backward, forward
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from srm_backends.numpy.common import quiet
+
 from srm_conformance.mutants.common import each, is_half, put
 from srm_conformance.mutants.mutant import backward, forward
 

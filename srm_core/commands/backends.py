@@ -1,0 +1,55 @@
+"""`srm-core backends`: the table, and below it what the reader should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from srm_core.listing import Cell, Listing
+
+OPERATOR, BACKEND = 20, 19  # columns of text that the names of operators, and each backend, take at most
+
+
+def run(listing: Listing, traceback: bool, console: Console) -> None:
+    names = [b["name"] for b in listing.backends]
+    at_once = max(1, (console.width - OPERATOR) // BACKEND)
+    for i in range(0, len(names), at_once):
+        table = Table(title="operator × backend")
+        table.add_column("operator", no_wrap=True)
+        for name in names[i : i + at_once]:
+            table.add_column(name)
+        for op in listing.ops:
+            table.add_row(op, *(_shown(listing.cell(op, name)) for name in names[i : i + at_once]))
+        console.print(table)
+    for note in _notes(listing):
+        console.print(f"  {note}", markup=False, soft_wrap=True)
+    for plugin in listing.quarantined:
+        line = f"  quarantined: {plugin['name']} ({plugin['distribution']}): {plugin['error']}"
+        console.print(line, markup=False, soft_wrap=True)
+        if traceback:
+            console.print(plugin["traceback"], markup=False, soft_wrap=True)
+    if listing.quarantined and not traceback:
+        console.print("  see the whole error with: srm-core backends --traceback", markup=False)
+
+
+def _shown(cell: Cell) -> str:
+    return cell.provides if cell.has_kernel else "-"
+
+
+def _notes(listing: Listing) -> Iterator[str]:
+    """Why there are gaps, and where the rest comes from. What holds for a whole backend is said once."""
+    if not all(c.has_kernel for c in listing.cells):
+        yield "-: the backend has no kernel for the operator"
+    for cell in listing.cells:
+        if cell.provides != "no":
+            yield from (f"{cell.op} on {cell.backend}: {reason}" for reason in cell.reasons)
+    for backend in listing.backends:
+        if not backend["built_in"]:
+            yield f"{backend['name']}: from {backend['distribution']}"
+        yield from (f"{backend['name']}: {reason}" for reason in backend["reasons"])
+    for plugin in listing.plugins:
+        yield from (f"{plugin['name']}: {note}" for note in plugin["notes"])
+    for name in listing.blocked:
+        yield f"{name}: blocked by SRM_BLOCK, not loaded"
