@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 import warnings
 from collections.abc import Iterator
@@ -155,7 +156,7 @@ class Session:
     def command(self, item: str) -> str:
         """The line that runs this item alone."""
         o = self.options
-        words = ["pytest --pyargs srm_conformance --srm-backend", o.backend, "--srm-only", f"'{item}'"]
+        words = ["pytest --pyargs srm_conformance --srm-backend", o.backend, "--srm-only", shlex.quote(item)]
         if o.device != "cpu":
             words += ["--srm-device", o.device]
         if o.arrays:

@@ -92,6 +92,8 @@ def forward_train(
     statistics = Statistics(len(weight), channels_last)
     convolve(x, weight.astype(compute), g, c, statistics.add, channels_last)
     var = statistics.variance().astype(compute)
+    if bias is not None:
+        var += 0 * bias.astype(compute)  # NaN from one that is not finite: as if it had been added and subtracted
     mean = statistics.mean.astype(compute)
     rate = 1 / np.sqrt(var + compute(eps))
     _normalise(c, out, mean, rate, bn_weight, bn_bias, activation, channels_last)

@@ -94,10 +94,10 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array, grad_final
     a[some, ends[some] - 1] += d_state[some]
     if a.size:
         flat = a.reshape(batch, steps, heads * width)
-        linear_recurrence(
-            _gates(decay, width, compute), flat[:, -2::-1], flat[:, -1].copy(),
-            flat[:, -2::-1],
-        )  # fmt: skip
+        gates = _gates(decay, width, compute)
+        if lengths is not None and not np.isfinite(gates).all():  # which times the 0 beyond a length is not 0
+            gates = np.where(beyond[:, :0:-1, None], 0, gates)
+        linear_recurrence(gates, flat[:, -2::-1], flat[:, -1].copy(), flat[:, -2::-1])
         d_state[some] = decay.astype(compute)[:, None] * a[some, 0]
     before = np.concatenate([state[:, None], states], axis=1)[:, :-1]
     before = np.where(beyond[:, :, None, None], 0, before)

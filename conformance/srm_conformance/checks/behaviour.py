@@ -13,7 +13,6 @@ import numpy as np
 
 from srm_conformance.checks.values import drawn
 from srm_conformance.items import Item, Target, sampled
-from srm_conformance.layouts import to_numpy
 from srm_conformance.outcome import NotClaimed, Report, Wrong
 from srm_conformance.trial import Trial
 from srm_core.spec import Case
@@ -31,7 +30,7 @@ def results(target: Target, case: Case, dtype: str, seed: int, report: Report) -
     gradients: tuple[Any, ...] = ()
     if target.spec.vjp is not None and target.kernel.pulls_back:
         kept, pullback = trial.vjp()
-        gradients = trial.pull_back(kept, pullback, drawn(map(to_numpy, kept)))
+        gradients = trial.pull_back(kept, pullback, drawn(kept, seed))
     return [*outputs, *mutated, *gradients]
 
 
@@ -43,7 +42,7 @@ def judged(target: Target, case: Case, dtype: str, seed: int, got: list[Any], re
     outputs = head[: len(head) - mutated]
     report.judge(judge.forward(outputs, head[len(outputs) :]), where)
     if count:
-        report.judge(judge.backward(drawn(outputs), gradients), where)
+        report.judge(judge.backward(drawn(outputs, seed), gradients), where)
 
 
 def _outputs(target: Target, case: Case, dtype: str) -> int:

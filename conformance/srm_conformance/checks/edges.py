@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from srm_conformance.checks.layouts import LOOSER
 from srm_conformance.checks.values import check_backward, check_forward, drawn
 from srm_conformance.items import Item, Target, sampled
 from srm_conformance.outcome import Report
@@ -15,28 +16,54 @@ from srm_conformance.tolerances import Judge
 from srm_conformance.trial import Trial, Values
 from srm_core.spec import Case, TensorSpec
 
-ODD = {"nan": np.nan, "infinity": np.inf, "minus_infinity": -np.inf, "huge": 1e30, "tiny": 1e-42}
+ODD = {"nan": np.nan, "infinity": np.inf, "minus_infinity": -np.inf, "large": 1e6}
+TINY = 1e-41  # times an argument: below the smallest normal number of float32, where nothing may become 0
+CASES = 4
+# Whether the zeros about an image, or those between the pixels of a strided gradient, times NaN are NaN is left open.
+OPEN = {("conv_bn", "weight"), ("conv_bn_train", "weight")}
 
 
 def edges(target: Target) -> Iterator[Item]:
-    """One odd value in one argument, in two cases: the first one, and the one with the most arguments."""
+    """One odd value in one argument or in the gradient of one output, or an argument of tiny values."""
     dtype = target.one_half()[0]
-    for case in _two(target):
+    for case in _varied(target, dtype):
+        given = _named(target, sampled(target.spec, case, dtype))
         for p in target.spec.tensors:
-            if p.many or p.role in ("integer", "mask") or _of(target, case, dtype, p) is None:
+            if p.many or p.role in ("integer", "mask") or given[p.name] is None or not given[p.name].size:
                 continue
-            for word, value in ODD.items():
+            for word in (*ODD, "tiny"):
+                if (target.spec.name, p.name) in OPEN and not np.isfinite(ODD.get(word, 0)):
+                    continue
 
-                def run(report: Report, case: Case = case, p: TensorSpec = p, value: float = value) -> None:
-                    given = sampled(target.spec, case, dtype)
-                    array = _named(target, given)[p.name]
-                    array.flat[array.size // 2] = value
-                    judge = Judge(target.spec, *given)
-                    check_forward(target, given, judge, report)
+                def run(report: Report, case: Case = case, p: TensorSpec = p, word: str = word) -> None:
+                    values = sampled(target.spec, case, dtype)
+                    array = _named(target, values)[p.name]
+                    if word == "tiny":
+                        array *= array.dtype.type(TINY)
+                    else:
+                        array.flat[array.size // 2] = ODD[word]
+                    # The spacing of tiny numbers is wide: a sum in another order is off by more of them.
+                    judge = Judge(target.spec, *values, looser=LOOSER if word == "tiny" else 1.0)
+                    check_forward(target, values, judge, report)
                     if target.spec.vjp is not None and target.kernel.pulls_back:
-                        check_backward(target, given, judge, report)
+                        check_backward(target, values, judge, report)
 
                 yield target.item("edges", (case.name, dtype, p.name, word), run, dtype)
+        if target.spec.vjp is None or not target.kernel.pulls_back:
+            continue
+        for i, output in enumerate(target.spec.outputs):
+
+            def odd_gradient(report: Report, case: Case = case, i: int = i) -> None:
+                values = sampled(target.spec, case, dtype)
+                trial = Trial(target.subject, target.spec, values, target.library, report)
+                trial.claimed(gradients=True)
+                outputs, pullback = trial.vjp()
+                grads = drawn(outputs)
+                if grads[i].size:
+                    grads[i].flat[grads[i].size // 2] = np.nan
+                report.judge(target.judge(case, dtype).backward(grads, trial.pull_back(outputs, pullback, grads)))
+
+            yield target.item("edges", (case.name, dtype, f"gradient of {output.name}", "nan"), odd_gradient, dtype)
 
 
 def lengths(target: Target) -> Iterator[Item]:
@@ -85,20 +112,30 @@ def _named(target: Target, given: Values) -> dict[str, Any]:
     return {**dict(zip((p.name for p in target.spec.parameters), args, strict=False)), **options}
 
 
-def _of(target: Target, case: Case, dtype: str, p: TensorSpec) -> Any:
-    array = _named(target, sampled(target.spec, case, dtype))[p.name]
-    return array if array is not None and array.size else None
+def _varied(target: Target, dtype: str) -> list[Case]:
+    """A few cases that differ in what is given: optional arguments and options. None in which slots are masked, for
+    whether NaN spreads from what is masked is left open."""
+    chosen: list[Case] = []
+    seen: set[tuple[str, str]] = set()
+    for _ in range(CASES):
+        best, most = None, 0
+        for case in target.cases():
+            named = _named(target, sampled(target.spec, case, dtype))
+            if named.get("attn_mask") is not None or named.get("is_causal") or not _full(target, named):
+                continue
+            new = len(_given(target, named) - seen)
+            if new > most:
+                best, most = case, new
+        if best is None:
+            break
+        chosen.append(best)
+        seen |= _given(target, _named(target, sampled(target.spec, best, dtype)))
+    return chosen
 
 
-def _two(target: Target) -> list[Case]:
-    """The first case, and that with the most arguments, of those in which no slot is masked: whether what is masked
-    may be NaN is left open."""
-    dtype = target.one_half()[0]
-    counts: dict[str, int] = {}
-    for case in target.cases():
-        named = _named(target, sampled(target.spec, case, dtype))
-        if named.get("attn_mask") is None and not named.get("is_causal"):
-            counts[case.name] = sum(v is not None and getattr(v, "size", 0) > 0 for v in named.values())
-    best = max(counts, key=lambda name: counts[name], default="")
-    first = next(iter(counts), "")
-    return [c for c in target.cases() if c.name in (first, best)]
+def _given(target: Target, named: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(n, "given" if hasattr(v, "shape") else str(v)) for n, v in named.items() if not isinstance(v, tuple)}
+
+
+def _full(target: Target, named: dict[str, Any]) -> bool:
+    return all(getattr(v, "size", 1) for v in named.values())

@@ -30,7 +30,7 @@ def _by_hand(ctx: Any, out: Any, args: Any, options: Any, change: Any, shift: bo
     scores = (query.astype(compute) * compute(default_scale(options["scale"], query.shape[3]))) @ k.swapaxes(2, 3)
     scores = change(scores)
     if options["is_causal"]:
-        scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, -np.inf)
+        scores = np.where(np.tri(scores.shape[2], scores.shape[3], dtype=bool), scores, -np.inf)
     if mask is not None:
         scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask.astype(compute)
     if shift:

@@ -59,9 +59,8 @@ def clamped_late(honest: Any, ctx: Any, *args: Any, eps: float) -> Any:
 @quiet
 def sigmoid_overflows(honest: Any, ctx: Any, *args: Any, eps: float) -> Any:
     h_new, gamma = honest(ctx, *args, eps=eps)
-    compute = compute_dtype(args[0].dtype)
-    e = np.exp(args[2].astype(compute))
-    h_new[...] = _integrated(args, gamma.astype(compute), e / (1 + e))
+    e = np.exp(args[2].astype(compute_dtype(args[0].dtype)))
+    h_new[np.isnan(e / (1 + e))] = np.nan
     return h_new, gamma
 
 

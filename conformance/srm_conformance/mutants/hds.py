@@ -20,7 +20,7 @@ def _windows(level: Any, pool: int) -> Any:
 
 @forward("hds_pool", "a remainder has a slot of its own")
 def remainder_kept(honest: Any, ctx: Any, memory: Any, *, num_levels: int, pool: int) -> Any:
-    levels = []
+    levels: list[Any] = []
     for level in honest(ctx, memory, num_levels=num_levels, pool=pool):
         below = levels[-1] if levels else memory
         rest = below[..., below.shape[-2] // pool * pool :, :]
@@ -96,23 +96,6 @@ def added_in_half(honest: Any, ctx: Any, memory: Any, *, num_levels: int, pool: 
             for i in range(pool):
                 total = (total + _windows(below, pool)[..., i, :]).astype(level.dtype)
             level[...] = total / level.dtype.type(pool)
-        below = level
-    return levels
-
-
-@forward("hds_pool", "each slot of a level rounded and added to a level above")
-def means_of_pairs(honest: Any, ctx: Any, memory: Any, *, num_levels: int, pool: int) -> Any:
-    """The running mean (n * mean + x) / (n + 1), in the type of the memory."""
-    levels = honest(ctx, memory, num_levels=num_levels, pool=pool)
-    below = memory
-    for level in levels:
-        windows = _windows(below, pool)
-        for i in range(pool):
-            level[...] = (
-                (level * level.dtype.type(i) + windows[..., i, :]) / level.dtype.type(i + 1)
-                if i
-                else windows[..., 0, :]
-            )
         below = level
     return levels
 

@@ -26,8 +26,7 @@ def _owner(array: Any) -> Any:
     return array
 
 
-@each(forward, "strides taken for contiguous ones", scan=1, recurrent_mix=0, recurrent_step=0, mdi=1, lstm=0)
-@each(forward, "strides taken for contiguous ones", attention=1, hds_pool=0, hds_query=2, mdi_recurrence=0, conv_bn=1)
+@each(forward, "strides taken for contiguous ones", scan=1, mdi=1, lstm=0, attention=1, hds_pool=0, conv_bn=1)
 def strides_ignored(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> Any:
     array = args[at]
     if array is not None and array.size and not array.flags.c_contiguous:
@@ -36,14 +35,18 @@ def strides_ignored(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) 
 
 
 @each(
-    forward, "weights' strides taken for contiguous ones", lstm=2, mdi_recurrence=3, recurrent_mix=1, recurrent_step=2
+    forward,
+    "weights' strides taken for contiguous ones",
+    recurrent_mix=1,
+    recurrent_step=2,
+    mdi_recurrence=3,
+    conv_bn_train=2,
 )
-@each(forward, "weights' strides taken for contiguous ones", scan=0, conv_bn_train=2, attention=3)
 def weight_strides_ignored(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> Any:
     return strides_ignored(honest, ctx, *args, at=at, **options)
 
 
-@each(forward, "elements with stride 0 are there once", scan=1, lstm=0, attention=2, hds_pool=0, conv_bn_train=0)
+@each(forward, "elements with stride 0 are there once", scan=1, attention=2, conv_bn_train=0)
 def stride_0_ignored(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> Any:
     array = args[at]
     if (
@@ -58,7 +61,7 @@ def stride_0_ignored(honest: Any, ctx: Any, *args: Any, at: int, **options: Any)
     return honest(ctx, *args, **options)
 
 
-@each(forward, "storage offset ignored", scan=1, recurrent_step=1, lstm=0, attention=0, hds_query=1, conv_bn=0, mdi=0)
+@each(forward, "storage offset ignored", scan=1, hds_query=1, conv_bn=0)
 def offset_ignored(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> Any:
     array = args[at]
     if array is not None and array.size and array.flags.c_contiguous and array.flags.aligned:
@@ -81,28 +84,28 @@ def time_major_ignored(honest: Any, ctx: Any, *args: Any, **options: Any) -> Any
     return honest(ctx, *args, **options)
 
 
-@each(forward, "read-only memory refused", scan=1, lstm=1, attention=1, conv_bn=0, hds_pool=0)
+@each(forward, "read-only memory refused", lstm=1, hds_pool=0)
 def read_only_refused(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> Any:
     if args[at] is not None and not args[at].flags.writeable:
         raise ValueError("buffer source array is read-only")
     return honest(ctx, *args, **options)
 
 
-@each(forward, "misaligned memory refused", scan=1, mdi=0, attention=0, conv_bn_train=0)
+@each(forward, "misaligned memory refused", mdi=0, attention=0)
 def misaligned_refused(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> Any:
     if args[at] is not None and not args[at].flags.aligned:
         raise ValueError("ndarray is not aligned")
     return honest(ctx, *args, **options)
 
 
-@each(forward, "negative strides refused", recurrent_mix=0, mdi_recurrence=0, hds_query=0)
+@each(forward, "negative strides refused", recurrent_mix=0, hds_query=0)
 def negative_refused(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> Any:
     if min(args[at].strides) < 0:
         raise ValueError("at least one stride is negative")
     return honest(ctx, *args, **options)
 
 
-@each(backward, "the gradient of y taken for contiguous", "scan", "recurrent_mix", "lstm", "attention", "conv_bn")
+@each(backward, "the gradient of y taken for contiguous", "scan", "attention", "conv_bn")
 def gradient_strides_ignored(honest: Any, ctx: Any, residuals: Any, grad: Any, *grads: Any) -> Any:
     if grad.size and not grad.flags.c_contiguous:
         grad = np.resize(_memory(grad), grad.shape)
@@ -195,7 +198,7 @@ def lengths_sorted(honest: Any, ctx: Any, *args: Any, lengths: Any, **options: A
     return found
 
 
-@each(forward, "the input is scaled and scaled back", attention=0, hds_query=0, recurrent_mix=0)
+@each(forward, "the input is scaled and scaled back", attention=0, recurrent_mix=0)
 @quiet
 def scaled_and_back(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> Any:
     """Which leaves other last bits, and other values to a thread that reads them meanwhile."""
@@ -239,7 +242,7 @@ def past_the_end(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> 
     return found
 
 
-@each(backward, "the gradient of y is written to", "scan", "attention", "conv_bn_train", "mdi")
+@each(backward, "the gradient of y is written to", "scan", "mdi", "conv_bn_train")
 def gradient_written(honest: Any, ctx: Any, residuals: Any, grad: Any, *grads: Any) -> Any:
     found = honest(ctx, residuals, grad, *grads)
     grad *= 2
@@ -277,8 +280,7 @@ def _last(array: Any) -> Any:
     return where
 
 
-@each(forward, "the last element is not written", "scan", "recurrent_step", "mdi", "attention", "hds_pool", "hds_query")
-@each(forward, "the last element is not written", "lstm", "mdi_recurrence", "recurrent_mix")
+@each(forward, "the last element is not written", "scan", "recurrent_mix", "mdi", "lstm", "attention", "hds_query")
 def last_unwritten(honest: Any, ctx: Any, *args: Any, **options: Any) -> Any:
     return map_arrays(lambda a: _unwritten(ctx, a, _last(a)), honest(ctx, *args, **options))
 

@@ -19,6 +19,11 @@ def _convolved(honest: Any, ctx: Any, args: Any, options: Any) -> Any:
     return honest(ctx, *args[:3], zeros, zeros + zeros.dtype.type(1), None, None, **{**options, "eps": 0.0})
 
 
+def _vectors(args: Any, compute: Any) -> tuple[Any, ...]:
+    """The running statistics, bn_weight and bn_bias, to compute with."""
+    return tuple(None if a is None else a.astype(compute) for a in args[3:])
+
+
 def _by_channel(vector: Any) -> Any:
     return vector[:, None, None]
 
@@ -57,7 +62,7 @@ def relu_first(honest: Any, ctx: Any, *args: Any, **options: Any) -> Any:
     if options["activation"] is None:
         return y
     compute = compute_dtype(y.dtype)
-    mean, var, gamma, beta = (None if a is None else a.astype(compute) for a in args[3:])
+    mean, var, gamma, beta = _vectors(args, compute)
     normal = _convolved(honest, ctx, args, options).astype(compute) - _by_channel(mean)
     normal /= _by_channel(np.sqrt(var + compute(options["eps"])))
     if gamma is not None:
@@ -72,7 +77,7 @@ def rounded_between(honest: Any, ctx: Any, *args: Any, **options: Any) -> Any:
     y = honest(ctx, *args, **options)
     if options["activation"] is not None or not is_half(y):
         return y
-    mean, var, gamma, beta = (None if a is None else a.astype(np.float32) for a in args[3:])
+    mean, var, gamma, beta = _vectors(args, np.float32)
     plain = _convolved(honest, ctx, args, options).astype(np.float32) - _by_channel(mean)
     scale = (1 if gamma is None else gamma) / np.sqrt(var + np.float32(options["eps"]))
     y[...] = plain * _by_channel(scale) + (0 if beta is None else _by_channel(beta))

@@ -77,7 +77,7 @@ def no_steps(honest: Any, ctx: Any, *args: Any, at: int, **options: Any) -> Any:
     return (y, *last)
 
 
-@each(forward, "without steps y has one", *SEQUENCES)
+@each(forward, "without steps y has one", "scan", "mdi_recurrence")
 def one_step_too_many(honest: Any, ctx: Any, *args: Any, **options: Any) -> Any:
     y, *last = honest(ctx, *args, **options)
     if not y.shape[1]:

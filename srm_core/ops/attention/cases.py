@@ -33,6 +33,7 @@ CASES = (
     _case("causal_more_slots", (1, 2, 17, 8), slots=29, is_causal=True),
     _case("causal_more_steps", (1, 2, 29, 8), slots=17, is_causal=True),
     _case("scale", (1, 2, 9, 5), scale=0.37),
+    _case("sharp", (1, 2, 17, 8), scale=4.0),
     _case("scale_zero", (1, 1, 6, 3), scale=0),
     _case("boolean", (2, 3, 9, 4), slots=11, mask="B H T S", boolean=True, empty=True),
     _case("boolean_shared", (2, 3, 9, 4), slots=11, mask="T S", boolean=True),

@@ -19,6 +19,7 @@ def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict
     rng, given = samples.arrays(case, dtype, seed)
     wide = given["weight"].dtype.name
     mean, var = normal(rng, (case.dims["O"],), wide), uniform(rng, (case.dims["O"],), wide, 0.5, 2)
+    mean += mean.dtype.type(case.settings.get("offset", 0))
     bn_weight, bn_bias = given["bn_weight"], given["bn_bias"]
     if samples.kinked(case):
         middles = samples.away_from_values(samples.convolved(case, given), dtype)

@@ -146,17 +146,18 @@ def weight_gradient(rounding: Rounding, grad: Array, x: Array, like: Array, g: G
 
 
 def input_gradient(rounding: Rounding, grad: Array, weight: Array, image: Pair, g: Geometry) -> Array:
-    """The gradient of x (B, I, *image): a convolution of the gradient, its pixels moved apart by the stride, with the
-    kernels turned round, their inputs and outputs exchanged."""
+    """The gradient of x (B, I, *image): each tap gives the gradients of its pixels, times its weights, back to where
+    it took them."""
     (out, inner, *kernel), (batch, _, p, q) = weight.shape, grad.shape
-    turned = weight.reshape(g.groups, out // g.groups, inner, *kernel).swapaxes(1, 2)[..., ::-1, ::-1]
-    turned = turned.reshape(g.groups * inner, out // g.groups, *kernel)
-    margins = [d * (k - 1) for d, k in zip(g.dilation, kernel, strict=True)]
-    height, width = (n + 2 * pad + m for n, pad, m in zip(image, g.padding, margins, strict=True))
-    apart = np.zeros((batch, out, height, width), grad.dtype)
-    apart[:, :, margins[0] :: g.stride[0], margins[1] :: g.stride[1]][:, :, :p, :q] = grad
-    padded = convolve(rounding, apart, turned, Geometry((1, 1), (0, 0), g.dilation, g.groups))
     (top, left), (height, width) = g.padding, image
+    rows, columns = _positions(weight, g, (p, q))
+    padded = np.zeros((batch, g.groups * inner, height + 2 * top, width + 2 * left), grad.dtype)
+    pixels = _by_group(grad, g)  # (G, B*P*Q, O/G)
+    by_group = weight.reshape(g.groups, out // g.groups, inner, *kernel)
+    for r, s in np.ndindex(*kernel):
+        given = product(rounding, pixels, by_group[..., r, s]).reshape(g.groups, batch, p, q, inner)
+        given = given.transpose(1, 0, 4, 2, 3).reshape(batch, g.groups * inner, p, q)
+        padded[:, :, rows[r][:, None], columns[s]] += given
     return padded[:, :, top : top + height, left : left + width]
 
 

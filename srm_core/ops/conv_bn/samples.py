@@ -19,6 +19,7 @@ def case(name: str, x: tuple[int, ...], weight: tuple[int, ...], *tags: str, **s
     return Case(name, dict(zip("BIHWORS", (*x, *weight), strict=True)), frozenset(tags or ("ci",)), settings)
 
 
+# offset: what is added to bias, and to the mean that it is normalised by.
 CASES = (
     case("small", (2, 3, 6, 7), (4, 3, 3)),
     case("padded", (2, 3, 5, 20), (4, 3, 3), padding=1, activation="relu"),
@@ -46,6 +47,7 @@ CASES = (
     case("channels_last_depthwise", (2, 5, 7, 12), (5, 3, 3), groups=5, padding=1, channels_last=True),
     case("channels_last_pointwise", (2, 8, 5, 12), (6, 1, 1), channels_last=True),
     case("float32_parameters", (2, 4, 6, 20), (3, 3, 3), padding=1, wide_parameters=True, activation="relu"),
+    case("offset", (2, 3, 6, 20), (4, 3, 3), padding=1, offset=50),
     case("primes", (3, 5, 7, 19), (7, 3, 5), padding=(1, 2), activation="relu"),
     case("one_image", (1, 3, 5, 12), (4, 3, 3), "ci", "edge", padding=1),
     case("no_batch", (0, 3, 5, 4), (4, 3, 3), "ci", "edge", padding=1, activation="relu"),
@@ -71,6 +73,7 @@ def arrays(case: Case, dtype: str, seed: int) -> tuple[np.random.Generator, dict
         x = normal(rng, (d["B"], d["I"], d["H"], d["W"]), dtype)
     weight = normal(rng, (d["O"], inner, d["R"], d["S"]), wide, (inner * d["R"] * d["S"]) ** -0.5)
     bias, beta = normal(rng, (d["O"],), wide), normal(rng, (d["O"],), wide)
+    bias += bias.dtype.type(s.get("offset", 0))
     gamma = uniform(rng, (d["O"],), wide, 0.5, 1.5)
     gamma[1::3] *= -1
     vectors = {"bias": bias, "bn_weight": gamma, "bn_bias": beta}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from srm_core.ops.common import generator, itemsize, normal
+from srm_core.ops.common import generator, itemsize
 from srm_core.ops.hds_pool.hierarchy import level_sizes
 from srm_core.spec import Case, ErrorSample
 
@@ -30,6 +30,7 @@ CASES = (
     _case("two_levels", (1, 11, 4), num_levels=2, pool=5),
     _case("pool_of_one", (2, 5, 3), pool=1),
     _case("wide_window", (1, 100, 3), num_levels=2, pool=33),
+    _case("offset", (1, 100, 3), num_levels=2, pool=33, offset=8),
     _case("six_levels", (1, 2, 35, 3), num_levels=6, pool=2),
     _case("block", (1, 64, 16), "ci", "edge"),
     _case("block_minus_1", (1, 63, 16), "ci", "edge"),
@@ -47,8 +48,9 @@ CASES = (
 
 
 def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """NumPy arguments for a case: normal values."""
-    return (normal(generator(case, seed), tuple(case.dims.values()), dtype),), dict(case.settings)
+    """NumPy arguments for a case: normal values, and an offset, with which a sum grows large beside its terms."""
+    values = generator(case, seed).standard_normal(tuple(case.dims.values())) + case.settings.get("offset", 0)
+    return (values.astype(dtype),), {n: v for n, v in case.settings.items() if n != "offset"}
 
 
 def sizes(case: Case) -> list[int]:

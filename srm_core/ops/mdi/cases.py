@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from srm_core.ops.common import generator, itemsize, normal
+from srm_core.ops.common import generator, itemsize, normal, sigmoid
 from srm_core.spec import HALF, Case, ErrorSample
 
 TENSORS = ("z", "h", "gate_logits", "decay_logits", "modulation_logits")
@@ -18,7 +18,8 @@ def _case(name: str, shape: tuple[int, ...], *tags: str, **settings: Any) -> Cas
     return Case(name, {"N": prod(shape)}, frozenset(tags or ("ci",)), {"shape": shape, **settings})
 
 
-# spread: of the logits. offset: added to those of decay, so that gamma comes near a bound.
+# spread: of the logits. offset: added to those of decay, so that gamma comes near a bound. cancelling: z is such that
+# h_new is small beside its terms.
 CASES = (
     _case("small", (2, 3, 5)),
     _case("plain", (2, 3, 5), modulation=False),
@@ -30,6 +31,7 @@ CASES = (
     _case("clamped", (7, 11), spread=3.0, eps=0.2),
     _case("clamped_plain", (7, 11), spread=3.0, eps=0.3, modulation=False),
     _case("unclamped", (7, 11), eps=0),
+    _case("cancelling", (7, 11), modulation=False, cancelling=True),
     _case("float32_state", (3, 17), wide_parameters=True),
     _case("one", (1,), "ci", "edge"),
     _case("scalar", (), "ci", "edge"),
@@ -52,6 +54,9 @@ def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict
     offsets = (0.0, s.get("offset", 0.0), 0.0)
     spread = s.get("spread", 1.0)
     given = [np.asarray(spread * rng.standard_normal(s["shape"]) + o).astype(dtype) for o in offsets]
+    if s.get("cancelling"):
+        g, gamma = (sigmoid(a.astype("float64")) for a in given[:2])
+        arrays[0] = (-(1 - g + gamma) / g * arrays[1].astype("float64")).astype(dtype)
     return (*arrays, *given[:2], given[2] if s.get("modulation", True) else None), {k: s[k] for k in ("eps",) if k in s}
 
 

@@ -30,6 +30,7 @@ CASES = (
     _case("lengths", 4, 20, 4, 8, 32, modes="half", lengths=True, initial_state=True),
     _case("lengths_start_array", 4, 20, 4, 8, 32, modes="mixed", lengths=True, start="array"),
     _case("wide_parameters", 2, 20, 4, 8, 32, modes="half", wide_parameters=True, initial_state=True),
+    _case("half_state", 2, 20, 4, 8, 32, modes="half", initial_state=True, half_state=True),
     _case("one_step", 2, 1, 2, 4, 4, "ci", "edge", modes="half"),
     _case("no_steps", 2, 0, 2, 4, 4, "ci", "edge", modes="half"),
     _case("no_steps_state", 2, 0, 2, 4, 4, "ci", "edge", modes="half", initial_state=True),
@@ -43,7 +44,8 @@ def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict
     rng, s = generator(case, seed), case.settings
     b, t, h, d, length = (case.dims[k] for k in "BTHDL")
     wide = "float32" if s.get("wide_parameters") and dtype in HALF else dtype
-    state = normal(rng, (b, h, d), "float32" if dtype in HALF else dtype) if s.get("initial_state") else None
+    state_dtype = "float32" if dtype in HALF and not s.get("half_state") else dtype
+    state = normal(rng, (b, h, d), state_dtype) if s.get("initial_state") else None
     args = (
         normal(rng, (b, t, h, d), dtype), normal(rng, (h, length), wide), normal(rng, (h, length), wide),
         uniform(rng, (h,), wide, 0.9, 1.0), modes(s["modes"], h), state,

@@ -32,6 +32,7 @@ CASES = (
     case("half", 3, 4, 8, 16, modes="half", index=0),
     case("mixed", 3, 5, 17, 16, modes="mixed", index=15),
     case("index_array", 4, 3, 8, 16, modes="mixed", index="array"),
+    case("index_equal", 4, 3, 8, 16, modes="mixed", index="equal"),
     case("index_scalar_array", 4, 3, 8, 16, modes="mixed", index="scalar"),
     case("index_out_of_range", 4, 3, 8, 16, "ci", "edge", modes="mixed", index="out"),
     case("wide_parameters", 2, 4, 8, 16, modes="half", index=3, wide_parameters=True),
@@ -51,6 +52,8 @@ def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict
     index: Any = s["index"]
     if index == "array":
         index = rng.integers(0, length, b)
+    elif index == "equal":
+        index = np.array([5, 9, 5, 5][:b])
     elif index == "scalar":
         index = np.array(length - 1, np.int32)
     elif index == "out":
