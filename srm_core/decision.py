@@ -166,7 +166,7 @@ def _why_not(found: Registry, entry: Entry | None, call: Call, state: State, gra
             yield from checked_reasons(resolve(kernel.supports)(view))
         except UndeclaredFeature:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             yield Reason("predicate-failed", f"its predicate raised {type(error).__name__}: {error}")
 
 

@@ -72,7 +72,10 @@ class Operator:
         return self._plan(call, decision, state)
 
     def _plan(self, call: Call, decision: Decision, state: State) -> Plan:
+        check = value_check(call)
         if decision.entry is None:
+            if check is not None:
+                check(**call.values)  # a wrong call is a wrong call, also where nobody can run it
             raise NoBackendError(no_backend(decision), decision)
         kernel = decision.entry.kernel
         forward = resolve(kernel.forward)
@@ -80,7 +83,7 @@ class Operator:
         if call.array_library not in kernel.arrays:
             forward = Bridge(call, kernel.arrays, state).forward(forward)
         context = LaunchContext(call.array_library, call.device, state)
-        return Plan(forward, context, decision, value_check(call))
+        return Plan(forward, context, decision, check)
 
 
 def value_check(call: Call) -> Callable[..., None] | None:

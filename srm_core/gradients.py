@@ -32,11 +32,11 @@ def vjp(op: Any, *args: Any, backend: str | None = None, **options: Any) -> tupl
     checked = Call(path.spec, bound, named)
     decision = decide(found, checked, state, backend, gradients=True)
     trace(found, decision)
-    if decision.entry is None:
-        raise NoBackendError(no_backend(decision), decision)
     check = value_check(checked)
     if check is not None:
         check(*bound, **named)
+    if decision.entry is None:
+        raise NoBackendError(no_backend(decision), decision)
     found.plugins.notify(decision)
     kernel = decision.entry.kernel
     forward, backward = resolve(kernel.forward), resolve(kernel.backward or "")

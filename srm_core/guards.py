@@ -44,8 +44,11 @@ class Loading:
         self.seconds = time.perf_counter() - self._begun
         if self._stdout is not None:
             self._stdout.stop()
-            if sys.stdout is self._stdout:  # else another thread has replaced it meanwhile
+            if sys.stdout is self._stdout:
                 sys.stdout = self._real
+            elif threading.active_count() == 1:  # else it may be that of another thread
+                sys.stdout = self._real
+                self.notes.append("replaced sys.stdout while it loaded, which is undone")
             if said := self._stdout.said.strip():
                 first = said.splitlines()[0]
                 line = f"{first[:40]}..." if len(first) > 40 else first

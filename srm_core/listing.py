@@ -14,6 +14,7 @@ from typing import Any
 from srm_core.plugins import BUILT_IN
 from srm_core.registry import registry
 
+NO_KERNEL = ("has no kernel for it",)
 LIBRARIES = ("numpy", "ml_dtypes", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x")
 
 
@@ -26,15 +27,23 @@ class Cell:
     provides: str
     reasons: tuple[str, ...]
 
+    @property
+    def has_kernel(self) -> bool:
+        return self.reasons != NO_KERNEL
+
 
 @dataclass(frozen=True)
 class Listing:
-    """All backends by all operators, and the plugins that could not be used."""
+    """All backends by all operators, the plugins that they come from, and those that could not be used.
+
+    A plugin's `notes` are what it should not have done while it loaded, which took `seconds`.
+    """
 
     backends: tuple[dict[str, Any], ...]
     cells: tuple[Cell, ...]
     quarantined: tuple[dict[str, str], ...]
     blocked: tuple[str, ...]
+    plugins: tuple[dict[str, Any], ...]
 
     def cell(self, op: str, backend: str) -> Cell:
         return next(c for c in self.cells if (c.op, c.backend) == (op, backend))
@@ -59,20 +68,27 @@ def list_backends() -> Listing:
         )  # fmt: skip
         for op, spec in found.specs.items():
             entry = found.kernels[op].get(name)
-            reasons = list(runnable)
+            reasons = tuple(runnable)
             provides = "no"
             if entry is None:
-                reasons = ["has no kernel for it"]
+                reasons = NO_KERNEL
             elif not runnable:
                 provides = "forward+backward" if entry.kernel.pulls_back else "forward"
                 if not entry.kernel.pulls_back:
-                    reasons = ["changes its state, so it has no gradient" if spec.mutates else "has no backward"]
-            cells.append(Cell(op, name, provides, tuple(reasons)))
+                    reasons = ("changes its state, so it has no gradient" if spec.mutates else "has no backward",)
+            cells.append(Cell(op, name, provides, reasons))
     lost = tuple(
         {"name": q.name, "distribution": q.distribution, "error": q.error, "traceback": q.traceback}
         for q in found.plugins.quarantined
     )
-    return Listing(tuple(backends), tuple(cells), lost, tuple(found.plugins.blocked))
+    plugins = tuple(
+        {
+            "name": p.name, "distribution": p.distribution, "backends": [b.name for b in p.backends],
+            "operators": [o.name for o in p.ops], "seconds": round(p.seconds, 4), "notes": list(p.notes),
+        }
+        for p in found.plugins.plugins
+    )  # fmt: skip
+    return Listing(tuple(backends), tuple(cells), lost, tuple(found.plugins.blocked), plugins)
 
 
 def report(look_for_devices: bool = False) -> dict[str, Any]:

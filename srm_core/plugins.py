@@ -94,7 +94,8 @@ class PluginSet:
         for plugin in self.plugins:
             if plugin.name == entry.name:
                 raise PluginError(
-                    f"the entry point {entry.name!r} is already taken by {plugin.distribution}; uninstall one of the two"
+                    f"the entry point {entry.name!r} is already taken by {plugin.distribution}; "
+                    "uninstall one of the two"
                 )
         self.manager.register(module, name=entry.name)
         unknown = [caller.name for caller in self._hooks(module) if caller.spec is None]
@@ -200,8 +201,8 @@ def _check_tuple(where: str, name: str, value: Any, kind: type) -> None:
 
 
 def _distribution(entry: EntryPoint) -> str:
-    # Its name is None where an uninstallation was cut short.
-    return (entry.dist is not None and entry.dist.name) or "unknown"
+    # There is no name where an uninstallation was cut short.
+    return entry.dist.name if entry.dist is not None and "Name" in entry.dist.metadata else "unknown"
 
 
 def _line(error: BaseException) -> str:

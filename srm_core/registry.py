@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -125,16 +126,22 @@ class Registry:
         """Why the backend cannot run on this machine: a missing distribution, or what its probe says."""
         reasons = self._runnable.get(backend.name)
         if reasons is None:
-            reasons = tuple(_missing(backend.requires)) or tuple(self._probe(backend, plugin))
-            self._runnable[backend.name] = reasons
+            with _lock:  # a probe may be slow; threads that come together ask it once
+                reasons = self._runnable.get(backend.name)
+                if reasons is None:
+                    reasons = tuple(_missing(backend.requires)) or tuple(self._probe(backend, plugin))
+                    self._runnable[backend.name] = reasons
         return reasons
 
     def _probe(self, backend: BackendInfo, plugin: Plugin) -> list[Reason]:
         try:
             return checked_reasons(self.plugins.probe(plugin.name, backend.name))
-        except (Exception, SystemExit) as error:
-            logger.warning("backend %r: its probe raised", backend.name, exc_info=True)
-            return [Reason("probe-failed", f"its probe raised {type(error).__name__}: {error}")]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            reason = Reason("probe-failed", f"its probe raised {type(error).__name__}: {error}")
+            logger.warning("backend %r: %s", backend.name, reason, exc_info=logger.isEnabledFor(logging.DEBUG))
+            return [reason]
 
 
 def _missing(requirements: Iterable[str]) -> list[Reason]:
@@ -157,9 +164,11 @@ def checked_reasons(answer: Iterable[Any]) -> list[Reason]:
 
 
 def _met(requirement: Requirement) -> bool:
+    if requirement.marker is not None and not requirement.marker.evaluate():
+        return True  # it is not for this platform
     try:
         return requirement.specifier.contains(version(requirement.name), prereleases=True)
-    except PackageNotFoundError:
+    except (PackageNotFoundError, TypeError, KeyError):  # a distribution that is half removed has no version
         return False
 
 
@@ -176,10 +185,15 @@ def resolve(target: str) -> Callable[..., Any]:
 def _imported(target: str) -> Callable[..., Any]:
     module, _, names = target.partition(":")
     try:
+        if module not in sys.modules:
+            with _lock:  # keeps a fork from falling into an import; see _hold
+                importlib.import_module(module)
         function: Any = importlib.import_module(module)
         for name in names.split("."):
             function = getattr(function, name)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PluginError(f"the target {target!r} cannot be loaded: {type(error).__name__}: {error}") from error
     return function  # type: ignore[no-any-return]
 
@@ -188,28 +202,54 @@ _lock = threading.RLock()
 _registry: Registry | None = None
 _on_reload: list[Callable[[], None]] = []
 _local_plugins: dict[str, Any] = {}
+_maker: int | None = None  # the thread that makes a registry
+
+FORK_WAITS = 10.0  # seconds
 
 
-def _renew_lock() -> None:
-    # A thread that held the lock does not exist in the child of a fork.
-    global _lock
+def _hold() -> None:
+    """A fork waits for imports that are under way: Python's lock of a module that is being imported by a thread that
+    the child does not have is never released there. It does not wait for ever, as an import may."""
+    _lock.acquire(timeout=FORK_WAITS)
+
+
+def _let_go() -> None:
+    with suppress(RuntimeError):  # it was not held: the fork has not waited to the end
+        _lock.release()
+
+
+def _renew() -> None:
+    global _lock, _maker
     _lock = threading.RLock()
+    if _maker != threading.get_ident():
+        _maker = None
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_renew)
 
 
 def registry() -> Registry:
-    """The registry of this process, made on first use."""
+    """The registry of this process, made on first use. Errors: `PluginError` if a plugin asks for it at its import."""
     global _registry
+    if _maker == threading.get_ident():
+        raise PluginError("srm_core was called by a plugin that is only being loaded; call it later than at import")
     found = _registry
     if found is None:
         with _lock:
             if _registry is None:
-                _registry = Registry()
+                _registry = _made()
             found = _registry
     return found
+
+
+def _made() -> Registry:
+    global _maker
+    _maker = threading.get_ident()
+    try:
+        return Registry()
+    finally:
+        _maker = None
 
 
 def on_reload(forget: Callable[[], None]) -> Callable[[], None]:
@@ -225,7 +265,7 @@ def reload_config() -> None:
     """
     global _registry
     with _lock:
-        _registry = Registry()
+        _registry = _made()
         _forget()
 
 

@@ -70,6 +70,7 @@ FORWARD, BACKWARD = 2, 3  # k: how many times the error of the rounding model
 LEAST = 4  # eps that are allowed anyway
 NEIGHBOURS, MORE_NEIGHBOURS = 4, 40
 APPEAL = 4  # times what is allowed
+ROUNDED_AWAY = 1000  # eps of the truth beside the gradients of the outputs: a gradient so small is 0
 EXTENDED = bool(np.finfo(np.longdouble).eps < np.finfo(np.float64).eps)  # not so on Windows and Apple silicon
 
 
@@ -145,16 +146,18 @@ class Judge:
             return spec.vjp(compute, tuple(grads), *args, **options)  # type: ignore[misc]
 
         k = BACKWARD * self._looser
-        return self._judge(vjp, names, dtypes, k, list(gradients), tuple(g.tobytes() for g in grads))
+        scale = max((float(np.abs(g[np.isfinite(g)]).max(initial=0)) for g in map(_wide, grads)), default=0.0)
+        return self._judge(vjp, names, dtypes, k, list(gradients), tuple(g.tobytes() for g in grads), scale)
 
     def _judge(
-        self, function: Callable[..., Any], names: list[str], dtypes: list[str], k: float, arrays: list[Any], key: Any
-    ) -> list[Judgement]:
+        self, function: Callable[..., Any], names: list[str], dtypes: list[str], k: float, arrays: list[Any], key: Any,
+        scale: float | None = None,
+    ) -> list[Judgement]:  # fmt: skip
         judgements: list[Judgement] = []
         for neighbours in (NEIGHBOURS, MORE_NEIGHBOURS):
             standards = self._known.get((key, neighbours))
             if standards is None:
-                standards = list(self._call.standards(function, names, dtypes, neighbours))
+                standards = list(self._call.standards(function, names, dtypes, neighbours, scale))
                 self._known[key, neighbours] = standards
             judgements = _judge(standards, arrays, k)
             if all(j.ok for j in judgements) or any(j.ratio > APPEAL for j in judgements):
@@ -218,7 +221,7 @@ class _Standard:
     truth: Array | None
     model: Array | None
     model_errors: tuple[float, ...]
-    gradient: bool = False
+    gradient: float | None = None  # of a gradient: the largest magnitude in the gradients of the outputs
 
     def judge(self, got: Any, k: float, times: int = 1) -> list[Judgement]:
         form, expected = _form(got), "None" if self.truth is None else f"{self.dtype} {np.shape(self.truth)}"
@@ -229,7 +232,7 @@ class _Standard:
         rounded = rounded_to(self.truth, self.dtype)
         kinds = kinds_of(got)
         wrong = (kinds != kinds_of(rounded)) & (kinds != kinds_of(self.model))
-        if self.gradient:  # a factor may stand before or within a sum of infinities of both signs
+        if self.gradient is not None:  # a factor may stand before or within a sum of infinities of both signs
             wrong &= ~_neither_finite_nor_known(kinds, kinds_of(rounded))
         judgements = [self._judgement("non-finite", (float(wrong.sum()), where_largest(wrong)), 0.0, "", got, rounded)]
         eps = eps_of(self.dtype)
@@ -281,7 +284,7 @@ class _Canonical:
         return {"rounding": rounding}
 
     def standards(
-        self, function: Callable[..., Any], names: list[str], dtypes: list[str], neighbours: int
+        self, function: Callable[..., Any], names: list[str], dtypes: list[str], neighbours: int, scale: float | None
     ) -> Iterator[_Standard]:
         """One for each result of `function(compute, *args, **options)`."""
 
@@ -294,13 +297,12 @@ class _Canonical:
             return [None if r is None else rounded_to(r, d) for r, d in zip(results, dtypes, strict=True)]
 
         truths, models = run(self.truth, None, self.arguments), run(self.model, self.roundings(), self.arguments)
-        gradient = function is not self.spec.reference
-        errors = self.model_errors(run, neighbours, truths, models, gradient)
+        errors = self.model_errors(run, neighbours, truths, models, scale)
         for parts in zip(names, dtypes, truths, models, errors, strict=True):
-            yield _Standard(*parts, gradient)
+            yield _Standard(*parts, scale)
 
     def model_errors(
-        self, run: Run, neighbours: int, truths: Any = None, models: Any = None, gradient: bool = False
+        self, run: Run, neighbours: int, truths: Any = None, models: Any = None, gradient: float | None = None
     ) -> list[tuple[float, ...]]:
         """(Frobenius, row, peak) error of the rounding model for each array of `run(compute, roundings, arguments)`.
 
@@ -395,17 +397,20 @@ def _judge(standards: Sequence[_Standard], arrays: Sequence[Any], k: float) -> l
     return judgements
 
 
-def _measures(got: Array, truth: Array, dtype: str, gradient: bool) -> tuple[Worst, Worst, Worst]:
+def _measures(got: Array, truth: Array, dtype: str, gradient: float | None) -> tuple[Worst, Worst, Worst]:
     """The three errors. Below the smallest normal number the spacing no longer shrinks: it is the floor.
 
     A row of a gradient may be a difference of equals: attention's, of a step with one slot. float32 arithmetic leaves
     eps of float32 of what cancelled, where the truth is 0. So a row of a gradient of a half type is taken to be
-    large enough, beside the largest one, for this to be eps of its own type.
+    large enough, beside the largest one, for this to be eps of its own type. A gradient that is 0 throughout, but for
+    the truth's own rounding (of the query, where there is one slot), is measured by the gradients of the outputs.
     """
     floor = float(finfo(dtype).smallest_normal)
     within = np.where(np.isfinite(rounded_to(truth, dtype)), truth, truth.dtype.type(np.nan))
+    if gradient is not None and (np.abs(within) <= ROUNDED_AWAY * np.finfo(truth.dtype).eps * gradient).all():
+        floor = max(floor, gradient)
     least = floor
-    if gradient and dtype in HALF:
+    if gradient is not None and dtype in HALF:
         largest = np.abs(within).max(initial=0, where=np.isfinite(within))
         least = max(floor, float(largest) * eps_of("float32") / eps_of(dtype))
     return frobenius_error(got, within, floor), row_error(got, within, least), peak_error(got, within, floor)
@@ -415,6 +420,10 @@ def _neither_finite_nor_known(kinds: Array, expected: Array) -> Array:
     """Where both are not finite, and one is NaN."""
     both: Array = (kinds != 0) & (expected != 0) & ((kinds == NAN) | (expected == NAN))
     return both
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.float64)
 
 
 def _form(value: Any) -> str:

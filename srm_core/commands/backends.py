@@ -9,19 +9,14 @@ from rich.table import Table
 
 from srm_core.listing import Cell, Listing
 
-OPERATOR, BACKEND = 20, 19  # columns of text that the names of operators, and each backend, take at most
-
 
 def run(listing: Listing, traceback: bool, console: Console) -> None:
-    names = [b["name"] for b in listing.backends]
-    at_once = max(1, (console.width - OPERATOR) // BACKEND)
-    for i in range(0, len(names), at_once):
+    for names in _side_by_side(listing, console.width):
         table = Table(title="operator × backend")
-        table.add_column("operator", no_wrap=True)
-        for name in names[i : i + at_once]:
-            table.add_column(name)
+        for name in ("operator", *names):
+            table.add_column(name, no_wrap=True)
         for op in listing.ops:
-            table.add_row(op, *(_shown(listing.cell(op, name)) for name in names[i : i + at_once]))
+            table.add_row(op, *(_shown(listing.cell(op, name)) for name in names))
         console.print(table)
     for note in _notes(listing):
         console.print(f"  {note}", markup=False, soft_wrap=True)
@@ -38,6 +33,23 @@ def _shown(cell: Cell) -> str:
     return cell.provides if cell.has_kernel else "-"
 
 
+def _side_by_side(listing: Listing, width: int) -> Iterator[list[str]]:
+    """The backends, as many at a time as a table of this width holds."""
+    frame = 3
+    begin = max(map(len, ("operator", *listing.ops))) + frame + 1
+    names: list[str] = []
+    taken = begin
+    for backend in listing.backends:
+        name = backend["name"]
+        column = max(len(name), *(len(_shown(listing.cell(op, name))) for op in listing.ops)) + frame
+        if names and taken + column > width:
+            yield names
+            names, taken = [], begin
+        names.append(name)
+        taken += column
+    yield names
+
+
 def _notes(listing: Listing) -> Iterator[str]:
     """Why there are gaps, and where the rest comes from. What holds for a whole backend is said once."""
     if not all(c.has_kernel for c in listing.cells):
@@ -50,6 +62,8 @@ def _notes(listing: Listing) -> Iterator[str]:
             yield f"{backend['name']}: from {backend['distribution']}"
         yield from (f"{backend['name']}: {reason}" for reason in backend["reasons"])
     for plugin in listing.plugins:
+        if not plugin["backends"]:
+            yield f"{plugin['name']}: from {plugin['distribution']}, which has no backend"
         yield from (f"{plugin['name']}: {note}" for note in plugin["notes"])
     for name in listing.blocked:
         yield f"{name}: blocked by SRM_BLOCK, not loaded"

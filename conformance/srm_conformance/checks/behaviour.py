@@ -77,6 +77,10 @@ def determinism(target: Target) -> Iterator[Item]:
                 first = results(target, case, dtype, 0, report)
                 for i in range(1, RUNS[target.subject.device]):
                     assert_same(results(target, case, dtype, 0, report), first, f"run {i + 1} of the same call")
+                # Each of these ran the forward an even number of times: once alone, for what takes turns.
+                trial = Trial(target.subject, target.spec, sampled(target.spec, case, dtype), target.library, report)
+                outputs, mutated = trial.forward()
+                assert_same([*outputs, *mutated], first[: len(outputs) + len(mutated)], "the same call once more")
 
             yield target.item("determinism", (case.name, dtype), run, dtype)
 

@@ -30,7 +30,7 @@ CASES = (
     _case("two_levels", (1, 11, 4), num_levels=2, pool=5),
     _case("pool_of_one", (2, 5, 3), pool=1),
     _case("wide_window", (1, 100, 3), num_levels=2, pool=33),
-    _case("offset", (1, 100, 3), num_levels=2, pool=33, offset=8),
+    _case("offset", (1, 1100, 3), num_levels=2, pool=1000, offset=2),
     _case("six_levels", (1, 2, 35, 3), num_levels=6, pool=2),
     _case("block", (1, 64, 16), "ci", "edge"),
     _case("block_minus_1", (1, 63, 16), "ci", "edge"),

@@ -1,0 +1,3 @@
+"""It raises at import."""
+
+raise RuntimeError("no driver here\nand a second line")
