@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from srm_conformance.certificate import counts, verdict_of
 from srm_conformance.checks import CHECKS
 from srm_conformance.checks.device import DEVICE_CHECKS
-from srm_conformance.session import Ended, Session
+from srm_conformance.session import ABSENT, Ended, Session
 from srm_core.registry import registry
 
 LEGEND = "a number: passed; F: failed; x: failed as expected; n: not claimed by the backend"
@@ -15,8 +15,9 @@ LEGEND = "a number: passed; F: failed; x: failed as expected; n: not claimed by 
 
 def matrix(ended: Sequence[Ended], width: int = 100) -> list[str]:
     """Lines of a table, operator by check, in as many parts as the width needs."""
-    ops = [o for o in registry().specs if any(e.op == o for e in ended)]
-    seen = {e.check for e in ended}
+    absent = {e.op: e.message for e in ended if e.check == ABSENT}
+    ops = [o for o in registry().specs if o not in absent and any(e.op == o for e in ended)]
+    seen = {e.check for e in ended} - {ABSENT}
     checks = [c for c in (*CHECKS, *DEVICE_CHECKS, *sorted(seen)) if c in seen]
     checks = list(dict.fromkeys(checks))
     cells = {(o, c): _cell([e for e in ended if (e.op, e.check) == (o, c)]) for o in ops for c in checks}
@@ -34,6 +35,8 @@ def matrix(ended: Sequence[Ended], width: int = 100) -> list[str]:
             last = "" if checks else f"  {verdicts[o]}"
             lines.append("  ".join([f"{o:{first}}", *(f"{cells[o, c]:>{wide[c]}}" for c in part)]) + last)
         lines.append("")
+    for why in dict.fromkeys(absent.values()):
+        lines += [f"not claimed: {', '.join(o for o, w in absent.items() if w == why)}: {why}", ""]
     return [*lines, LEGEND]
 
 
