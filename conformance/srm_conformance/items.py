@@ -9,11 +9,12 @@ from typing import Any
 
 from srm_conformance.outcome import Report
 from srm_conformance.subject import Subject
-from srm_conformance.tolerances import Judge
+from srm_conformance.tolerances import Judge, Law
 from srm_core.registry import registry
 from srm_core.spec import FLOAT, Case, Kernel, OpSpec
 
 Run = Callable[[Report], None]
+MOST = 1024  # of what is remembered of each kind
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,32 @@ class Target:
         return judge_of(self.spec.name, case.name, dtype, seed, precision, looser.factor if looser else 1.0)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=MOST)
 def judge_of(op: str, case: str, dtype: str, seed: int, precision: str, looser: float) -> Judge:
     """What the results of a case are held against: the same for each layout, thread and repetition."""
     spec = registry().spec(op)
     found = next(c for c in spec.cases if c.name == case)
     return Judge(spec, *sampled(spec, found, dtype, seed), precision=precision, looser=looser)
+
+
+_judges: dict[tuple[str, ...], Judge] = {}
+
+
+def remembered(key: tuple[str, ...], make: Callable[[], Judge]) -> Judge:
+    """What is held against the results of arguments that are made in some way from a case's: `key` says how."""
+    if key not in _judges:
+        if len(_judges) >= MOST:
+            _judges.clear()
+        _judges[key] = make()
+    return _judges[key]
+
+
+@lru_cache(maxsize=MOST)
+def law_of(op: str, law: str, case: str, dtype: str) -> Law:
+    """A law between calls, in a case."""
+    spec = registry().spec(op)
+    found = next(c for c in spec.cases if c.name == case)
+    return Law(spec, next(i for i in spec.invariants if i.name == law), *sampled(spec, found, dtype))
 
 
 def sampled(spec: OpSpec, case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -192,7 +192,6 @@ def extent(array: Any) -> tuple[int, int]:
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + size
 
 
-def share_memory(a: Any, b: Any) -> bool:
-    """May two arrays of one library share memory?"""
-    (a_low, a_high), (b_low, b_high) = extent(a), extent(b)
-    return a_low < b_high and b_low < a_high
+def overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Have two extents an address in common?"""
+    return a[0] < b[1] and b[0] < a[1]

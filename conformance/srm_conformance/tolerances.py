@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -196,20 +197,34 @@ def judge_invariant(
     Both sides of a law may be wrong by what an output may be wrong by. So a side may differ from the other by
     the sum of what `judge_forward` would allow each, with the rounding model put through the same law.
     """
-    known = _Canonical(spec, args, options)
+    return Law(spec, invariant, args, options).judge(call)
 
-    def run(compute: Any, roundings: Roundings | None, arguments: Arguments) -> list[Any]:
-        pairs = invariant.pairs(_reference_call(known, compute, roundings), *arguments)
-        return [array for _, *sides in pairs for array in sides]
 
-    errors = known.model_errors(run, NEIGHBOURS)
-    judgements: list[Judgement] = []
-    for i, (what, got, expected) in enumerate(invariant.pairs(call, *_cast(known.arguments))):
-        side = tuple(np.maximum(errors[2 * i], errors[2 * i + 1]))
-        name = f"{invariant.name}: {what}"
-        law = _Standard(name, expected.dtype.name, expected.astype(known.truth), expected, side)
-        judgements += law.judge(got, FORWARD, times=2)
-    return judgements
+class Law:
+    """Judges a law on however many backends: how far its sides may differ is computed once."""
+
+    def __init__(self, spec: OpSpec, invariant: Invariant, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+        self._call, self._invariant = _Canonical(spec, args, options), invariant
+
+    @cached_property
+    def _errors(self) -> list[tuple[float, ...]]:
+        """Of the rounding model: two for each pair."""
+
+        def run(compute: Any, roundings: Roundings | None, arguments: Arguments) -> list[Any]:
+            pairs = self._invariant.pairs(_reference_call(self._call, compute, roundings), *arguments)
+            return [array for _, *sides in pairs for array in sides]
+
+        return self._call.model_errors(run, NEIGHBOURS)
+
+    def judge(self, call: Callable[..., Any]) -> list[Judgement]:
+        """As `judge_invariant`."""
+        judgements: list[Judgement] = []
+        for i, (what, got, expected) in enumerate(self._invariant.pairs(call, *_cast(self._call.arguments))):
+            side = tuple(np.maximum(self._errors[2 * i], self._errors[2 * i + 1]))
+            name = f"{self._invariant.name}: {what}"
+            truth = expected.astype(self._call.truth)
+            judgements += _Standard(name, expected.dtype.name, truth, expected, side).judge(got, FORWARD, times=2)
+        return judgements
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 import srm_core
-from srm_conformance.layouts import PLAIN, Layout, Placed, share_memory, to_numpy
+from srm_conformance.layouts import PLAIN, Layout, Placed, extent, overlap, to_numpy
 from srm_conformance.outcome import NotClaimed, Report, Wrong
 from srm_conformance.proof import recording
 from srm_conformance.subject import Subject
@@ -161,16 +161,16 @@ class Trial:
             mutated = name.partition("[")[0] in self.spec.mutates
             if place := placed.touched(within=not mutated):
                 raise Wrong(f"it wrote to {name}: {place}")
-        arguments = {n: p.view for n, p in self.placed.items()}
-        arguments |= {f"the gradient {i} it was given": a for i, a in enumerate(others)}
-        seen: Mapping[str, Any] = arguments
+        taken = {n: extent(p.view) for n, p in self.placed.items()}
+        taken |= {f"the gradient {i} it was given": extent(a) for i, a in enumerate(others)}
         for i, result in enumerate(results):
             if library_of(result) != self.library:
                 continue
-            for name, array in seen.items():
-                if share_memory(result, array):
+            own = extent(result)
+            for name, place in taken.items():
+                if overlap(own, place):
                     raise Wrong(f"{what} {i} shares memory with {name}")
-            seen = {**seen, f"{what} {i}": result}
+            taken[f"{what} {i}"] = own
 
 
 def _host_strides(array: Any) -> Any:
