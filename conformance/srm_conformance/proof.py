@@ -31,10 +31,13 @@ class PoisonedContext:
 
     def _poisoned(self, array: Any) -> Any:
         name = LIBRARIES[self._context.array_library].dtype_name(array.dtype)
+        value: Any = float("nan") if "float" in name else 2 ** (8 * array.dtype.itemsize - 1) - 1
         if name == "bool":
-            array[...] = True
+            value = True
+        if hasattr(array, "fill_"):
+            array.fill_(value)  # torch's assignment would copy from the host, which no graph captures
         else:
-            array[...] = float("nan") if "float" in name else 2 ** (8 * array.dtype.itemsize - 1) - 1
+            array[...] = value
         return array
 
 

@@ -167,9 +167,9 @@ class Trial:
             if library_of(result) != self.library:
                 continue
             own = extent(result)
-            for name, place in taken.items():
-                if overlap(own, place):
-                    raise Wrong(f"{what} {i} shares memory with {name}")
+            for other, where in taken.items():
+                if overlap(own, where):
+                    raise Wrong(f"{what} {i} shares memory with {other}")
             taken[f"{what} {i}"] = own
 
 
