@@ -4,6 +4,7 @@
     SRM_BACKEND_SCAN=numpy       the same for one operator
     SRM_BLOCK=name,...           entry points that are never loaded
     SRM_TRACE=decisions.jsonl    a JSON line for every decision
+    SRM_CACHE_DIR=folder         where certificates are kept; read when it is needed
 
 The environment is read once, and again by `srm_core.reload_config()`.
 """
@@ -23,7 +24,7 @@ from srm_core.errors import ConfigError, UnknownNameError
 
 AUTO = "auto"
 Precision = Literal["ieee", "tf32"]
-VARIABLES = ("SRM_BACKEND", "SRM_BLOCK", "SRM_TRACE")
+VARIABLES = ("SRM_BACKEND", "SRM_BLOCK", "SRM_TRACE", "SRM_CACHE_DIR")
 
 
 @dataclass(frozen=True)

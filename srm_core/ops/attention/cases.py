@@ -49,7 +49,6 @@ CASES = (
     _case("gqa_mask", (1, 6, 7, 4), slots=9, groups=3, mask="H T S", enable_gqa=True),
     _case("one_step", (2, 2, 1, 8), "ci", "edge", slots=19),
     _case("no_steps", (2, 2, 0, 3), "ci", "edge", slots=4),
-    _case("one_slot", (2, 2, 4, 3), "ci", "edge", slots=1),
     _case("no_slots", (2, 2, 4, 3), "ci", "edge", slots=0, mask="T S"),
     _case("no_batch", (0, 2, 4, 3), "ci", "edge", mask="B 1 T S"),
     _case("no_width", (1, 2, 4, 0), "ci", "edge", slots=5, value_width=3, is_causal=True),

@@ -36,7 +36,6 @@ CASES = (
     _case("one_level", (2, 2, 5, 4), 11, num_levels=1),
     _case("pool_of_one", (2, 2, 5, 4), 11, pool=1),
     _case("pool_of_two", (1, 3, 6, 4), 45, pool=2, num_levels=5, level=-2),
-    _case("one_at_the_top", (2, 2, 4, 3), 16, "ci", "edge"),
     _case("one_step", (2, 2, 1, 8), 80, "ci", "edge"),
     _case("one_step_shared", (5, 2, 1, 8), 80, "ci", "edge", shared=("keys", "values")),
     _case("block", (1, 1, 128, 16), 512, "ci", "edge", level=1),
