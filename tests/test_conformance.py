@@ -319,7 +319,7 @@ def test_a_looser_operator_says_why() -> None:
         ended = one.run(one.items[0])
         assert ended.verdict == "passed"
         text = "mdi: may be wrong by 1e+09 times what is allowed: the device has no float32"
-        assert text in closing(one, [ended])
+        assert text in closing(one.subject, [ended])
     for wrong in ((0.5, "why"), (2, " ")):
         with pytest.raises(ValueError, match="required a factor above 1 and a reason"):
             Looser(*wrong)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from srm_conformance.certificate import counts, verdict_of
 from srm_conformance.checks import CHECKS
 from srm_conformance.checks.device import DEVICE_CHECKS
-from srm_conformance.session import ABSENT, Ended, Session
+from srm_conformance.session import ABSENT, Ended
+from srm_conformance.subject import Subject
 from srm_core.registry import registry
 
 LEGEND = "a number: passed; F: failed; x: failed as expected; n: not claimed by the backend"
@@ -49,10 +50,9 @@ def _cell(ended: Sequence[Ended]) -> str:
     return "+".join(parts) or "-"
 
 
-def closing(session: Session, ended: Sequence[Ended]) -> list[str]:
+def closing(subject: Subject, ended: Sequence[Ended]) -> list[str]:
     """The last lines: what ran, what was loosened, what could not be proved."""
     found, launches = counts(ended), sum(e.launches for e in ended)
-    subject = session.subject
     known = f"{subject.distribution} {subject.version}".strip()
     lines = [
         f"backend {subject.backend} ({known}) on {subject.device}: {found['passed']} passed, {found['failed']} failed, "
