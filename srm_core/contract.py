@@ -295,9 +295,11 @@ def check_writable(op: str, param: str, value: Any) -> None:
         raise ContractError(op, param, "a read-only array", "an array that can be updated in place")
     if library.name == "numpy" and value.flags.c_contiguous:  # the usual case, told in a moment
         return
+    if 0 in value.shape:
+        return
     reach = 0.0  # of the axes that lie closer together, in elements
     for stride, n in sorted((abs(s), n) for s, n in zip(library.strides(value), value.shape, strict=True) if n != 1):
-        if n and stride <= reach:
+        if stride <= reach:
             found = "an array in which elements share memory"
             raise ContractError(op, param, found, "an array whose elements are all memory of their own")
         reach += stride * (n - 1)

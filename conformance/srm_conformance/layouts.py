@@ -27,6 +27,7 @@ class Layout:
     """How an array of a shape lies in memory.
 
     shift: bytes by which it misses its alignment. repeats: the axis with stride 0, along which values are equal.
+    other_integers: int32 where a sample has int64, and the reverse.
     """
 
     name: str
@@ -35,9 +36,12 @@ class Layout:
     shift: int = 0
     writeable: bool = True
     repeats: int | None = None
+    other_integers: bool = False
 
     def of(self, values: Any) -> Any:
         """The values that this layout can hold."""
+        if self.other_integers and values.dtype.kind == "i":
+            return values.astype(np.int32 if values.dtype == np.int64 else np.int64)
         if self.repeats is None or not values.ndim or not values.size or values.dtype.kind in "iub":
             return values
         return np.broadcast_to(values.take([0], self.repeats), values.shape).copy()
@@ -102,6 +106,7 @@ LAYOUTS = (
     Layout("offset", _offset),
     Layout("reversed", _backwards, ("numpy", "cupy")),
     Layout("misaligned", _in_order(_row_major), HOST, shift=1),
+    Layout("other_integers", _in_order(_row_major), other_integers=True),
     Layout("read_only", _in_order(_row_major), HOST, writeable=False),
     Layout("stride_0_first", _repeated(0), repeats=0),
     Layout("stride_0_last", _repeated(-1), repeats=-1),

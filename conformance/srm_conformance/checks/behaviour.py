@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import srm_core
 from srm_conformance.checks.values import drawn
 from srm_conformance.items import Item, Target, sampled
 from srm_conformance.outcome import NotClaimed, Report, Wrong
@@ -81,6 +82,9 @@ def determinism(target: Target) -> Iterator[Item]:
                 trial = Trial(target.subject, target.spec, sampled(target.spec, case, dtype), target.library, report)
                 outputs, mutated = trial.forward()
                 assert_same([*outputs, *mutated], first[: len(outputs) + len(mutated)], "the same call once more")
+                with srm_core.deterministic():
+                    asked = results(target, case, dtype, 0, report)
+                judged(target, case, dtype, 0, asked, report, "under srm_core.deterministic()")
 
             yield target.item("determinism", (case.name, dtype), run, dtype)
 

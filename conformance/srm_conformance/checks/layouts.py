@@ -26,13 +26,14 @@ def layouts(target: Target) -> Iterator[Item]:
         # Equal values need a truth of their own, which takes time: one dtype will do.
         dtypes = target.one_half() if layout.repeats is None else target.one_half()[:1]
         for case in target.cases():
+            if layout.other_integers and not _has_integers(sampled(target.spec, case, dtypes[0])):
+                continue
             for dtype in dtypes:
 
                 def run(report: Report, layout: Layout = layout, case: Case = case, dtype: str = dtype) -> None:
-                    given = sampled(target.spec, case, dtype)
+                    given = fitted(target, sampled(target.spec, case, dtype), layout)
                     judge = target.judge(case, dtype)
                     if layout.repeats is not None:
-                        given = repeated(target, given, layout)
                         judge = remembered(
                             (target.spec.name, case.name, dtype, layout.name), partial(_lenient, target, given)
                         )
@@ -47,8 +48,12 @@ def _lenient(target: Target, given: Values) -> Judge:
     return Judge(target.spec, *given, looser=LOOSER)
 
 
-def repeated(target: Target, given: Values, layout: Layout) -> Values:
-    """The values that can be laid out with stride 0; what is mutated cannot."""
+def _has_integers(given: Values) -> bool:
+    return any(getattr(v, "dtype", None) in ("int32", "int64") for v in (*given[0], *given[1].values()))
+
+
+def fitted(target: Target, given: Values, layout: Layout) -> Values:
+    """The values as the layout can hold them; what is mutated stays as it is."""
     args, options = given
     names = [p.name for p in target.spec.parameters]
 

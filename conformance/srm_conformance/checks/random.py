@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
-from srm_conformance.checks.layouts import LOOSER, repeated
+from srm_conformance.checks.layouts import LOOSER, fitted
 from srm_conformance.checks.values import check_backward, check_forward
 from srm_conformance.items import Item, Target, sampled
 from srm_conformance.layouts import LAYOUTS, PLAIN
@@ -50,7 +50,7 @@ def random(target: Target, profile: str = "ci", number: int = 0) -> Iterator[Ite
                 values = _sample(target, case, dtype, draw)
                 assume(values is not None)
                 assert values is not None
-                values = repeated(target, values, layout)
+                values = fitted(target, values, layout)
                 judge = Judge(target.spec, *values, looser=LOOSER)
                 tried.append(case)
                 try:

@@ -112,3 +112,18 @@ def result_reused(honest: Any, ctx: Any, *args: Any, **options: Any) -> Any:
     for old, new in pairs:
         old[...] = new
     return workspace
+
+
+@forward("scan", "wrong where it is asked to be deterministic")
+def deterministic_path(honest: Any, ctx: Any, *args: Any, **options: Any) -> Any:
+    y, final = honest(ctx, *args, **options)
+    if ctx.deterministic:
+        y *= y.dtype.type(1.5)
+    return y, final
+
+
+@forward("scan", "int32 lengths read as int64")
+def narrow_lengths(honest: Any, ctx: Any, *args: Any, lengths: Any, **options: Any) -> Any:
+    if lengths is not None and lengths.dtype == np.int32:
+        lengths = np.resize(lengths[::2], lengths.shape)
+    return honest(ctx, *args, lengths=lengths, **options)
