@@ -1,0 +1,5 @@
+from srm_conformance import Conformance
+
+
+class TestCpp(Conformance):
+    backend = "cpp"
