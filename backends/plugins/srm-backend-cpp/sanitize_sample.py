@@ -1,4 +1,4 @@
-"""What `sanitize.sh` runs: forward and backward of every small case, in several layouts, and of some that use threads.
+"""What `sanitize.sh` runs: forward and backward of every small case, in several variants, and of some that use threads.
 
 With the word `levels` it prints those of the instruction set that can run here.
 """
@@ -28,20 +28,25 @@ THREADED = {
 }
 
 
-def layouts(array: Any) -> list[Any]:
-    """The same values in as many layouts; anything but an array stays what it is."""
+def variants(array: Any) -> list[Any]:
+    """The same values in several layouts, and some that are no numbers; anything but an array stays what it is."""
     if not isinstance(array, np.ndarray) or not array.ndim:
-        return [array] * 5
+        return [array] * 6
     memory = np.zeros(array.nbytes + 1, np.uint8)
     misaligned = memory[1:].view(array.dtype).reshape(array.shape)
     misaligned[...] = array
     flip = (slice(None, None, -1),) * array.ndim
-    return [array, np.asfortranarray(array), np.repeat(array, 2, -1)[..., ::2], array[flip].copy()[flip], misaligned]
+    odd = array.copy()
+    if odd.dtype.kind == "f":
+        for i, value in enumerate((np.nan, -np.nan, np.inf, -np.inf, 1e30, 1e-40)):
+            odd.reshape(-1)[i :: max(6, odd.size // 2)] = value
+    strided = np.repeat(array, 2, -1)[..., ::2]
+    return [array, np.asfortranarray(array), strided, array[flip].copy()[flip], misaligned, odd]
 
 
 def run(spec: OpSpec, case: Case, dtype: str) -> int:
     args, options = spec.sample(case, dtype)  # type: ignore[misc]
-    calls = list(zip(*map(layouts, args), strict=True))
+    calls = list(zip(*map(variants, args), strict=True))
     for call in calls:
         outputs, pullback = srm_core.vjp(spec.name, *call, backend="cpp", **options)
         pullback(*(np.ones_like(o) for o in spec.unpack(outputs)))

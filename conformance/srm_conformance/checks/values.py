@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -49,32 +49,14 @@ def check_backward(
 
 def values(target: Target) -> Iterator[Item]:
     """Each case in each dtype, with arrays of each library that the kernel takes natively."""
-    for library in target.subject.libraries(target.kernel):
-        other = () if library == target.library else (library,)
-        for case in target.cases():
-            for dtype in target.dtypes():
-
-                def run(report: Report, case: Case = case, dtype: str = dtype, library: str = library) -> None:
-                    given = sampled(target.spec, case, dtype)
-                    check_forward(target, given, target.judge(case, dtype), report, library=library)
-
-                yield target.item("values", (case.name, dtype, *other), run, dtype)
+    yield from _every_case(target, "values", check_forward)
 
 
 def gradients(target: Target) -> Iterator[Item]:
     """The same of the backward. A kernel without one does not claim it."""
     if target.spec.vjp is None:
         return
-    for library in target.subject.libraries(target.kernel):
-        other = () if library == target.library else (library,)
-        for case in target.cases():
-            for dtype in target.dtypes():
-
-                def run(report: Report, case: Case = case, dtype: str = dtype, library: str = library) -> None:
-                    given = sampled(target.spec, case, dtype)
-                    check_backward(target, given, target.judge(case, dtype), report, library=library)
-
-                yield target.item("gradients", (case.name, dtype, *other), run, dtype)
+    yield from _every_case(target, "gradients", check_backward)
     dtype = target.one_half()[0]
 
     def left_out(report: Report) -> None:
@@ -93,6 +75,19 @@ def gradients(target: Target) -> Iterator[Item]:
                     raise Wrong(f"gradient of {name}: one output gradient left out is not the same as zeros")
 
     yield target.item("gradients", ("left_out", dtype), left_out, dtype)
+
+
+def _every_case(target: Target, check: str, perform: Callable[..., None]) -> Iterator[Item]:
+    for library in target.subject.libraries(target.kernel):
+        other = () if library == target.library else (library,)
+        for case in target.cases():
+            for dtype in target.dtypes():
+
+                def run(report: Report, case: Case = case, dtype: str = dtype, library: str = library) -> None:
+                    given = sampled(target.spec, case, dtype)
+                    perform(target, given, target.judge(case, dtype), report, library=library)
+
+                yield target.item(check, (case.name, dtype, *other), run, dtype)
 
 
 def invariants(target: Target) -> Iterator[Item]:
