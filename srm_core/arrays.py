@@ -23,6 +23,12 @@ class Library(Protocol):
     def refuse(self, x: Any) -> str:
         """Why this object of the library cannot be a tensor argument; empty if it can."""
 
+    def wants_gradient(self, x: Any) -> bool:
+        """Does the library's own automatic differentiation want a gradient of `x`?"""
+
+    def is_traced(self, x: Any) -> bool:
+        """Has `x` no values, because it stands for an array in a trace?"""
+
     def dtype_name(self, dtype: Any) -> str: ...
 
     def platform(self, x: Any) -> str: ...
@@ -51,6 +57,12 @@ class _NumPy:
             return f"dtype {x.dtype.str} in the other byte order"
         return ""
 
+    def wants_gradient(self, x: Any) -> bool:
+        return False
+
+    def is_traced(self, x: Any) -> bool:
+        return False
+
     def dtype_name(self, dtype: Any) -> str:
         return str(np.dtype(dtype).name)
 
@@ -78,15 +90,19 @@ class _Torch:
 
     def refuse(self, x: Any) -> str:
         torch = sys.modules["torch"]
-        if type(x) not in (torch.Tensor, torch.nn.Parameter):
+        if type(x) not in (torch.Tensor, torch.nn.Parameter) and not self.is_traced(x):
             return f"a {type(x).__name__}"
         if x.layout is not torch.strided or x.is_quantized:
             return "a sparse or quantised tensor"
         if x.is_conj() or x.is_neg():
             return "a lazily negated tensor"
-        if x.requires_grad and torch.is_grad_enabled():
-            return "a tensor that requires grad"
         return ""
+
+    def wants_gradient(self, x: Any) -> bool:
+        return bool(x.requires_grad and sys.modules["torch"].is_grad_enabled())
+
+    def is_traced(self, x: Any) -> bool:
+        return type(x).__module__.startswith("torch._subclasses.")  # FakeTensor, FunctionalTensor
 
     def dtype_name(self, dtype: Any) -> str:
         return str(dtype).removeprefix("torch.")
@@ -122,6 +138,12 @@ class _CuPy:
 
     def refuse(self, x: Any) -> str:
         return "" if type(x) is sys.modules["cupy"].ndarray else f"a {type(x).__name__}"
+
+    def wants_gradient(self, x: Any) -> bool:
+        return False
+
+    def is_traced(self, x: Any) -> bool:
+        return False
 
     def dtype_name(self, dtype: Any) -> str:
         return str(np.dtype(dtype).name)

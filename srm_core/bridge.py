@@ -46,10 +46,7 @@ class Bridge:
             return value
         why = LIBRARIES[self.caller].refuse(value)  # gradients given to a pullback have not been through `Call`
         if why:
-            raise ContractError(
-                self.op, name, why, "a plain array",
-                "call under torch.no_grad(), detach it, or use srm_core.vjp for gradients",
-            )  # fmt: skip
+            raise ContractError(self.op, name, why, "a plain array", "pass a plain dense array")
         return self.view(value)
 
     def all_inward(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

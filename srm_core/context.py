@@ -10,12 +10,22 @@ from srm_core.config import State
 
 
 class Residuals:
-    """What a backward sees of its forward: `args`, `options`, and by name the tensors that were kept (or None)."""
+    """What a backward sees of its forward: `args`, `options`, and by name the tensors that were kept (or None).
 
-    __slots__ = ("args", "kept", "options")
+    A gradient that nobody `wants` need not be computed: the backward may return None for it.
+    """
 
-    def __init__(self, args: tuple[Any, ...], options: dict[str, Any], kept: dict[str, Any]) -> None:
-        self.args, self.options, self.kept = args, options, kept
+    __slots__ = ("args", "kept", "options", "wanted")
+
+    def __init__(
+        self, args: tuple[Any, ...], options: dict[str, Any], kept: dict[str, Any],
+        wanted: tuple[str, ...] | None = None,
+    ) -> None:  # fmt: skip
+        self.args, self.options, self.kept, self.wanted = args, options, kept, wanted
+
+    def wants(self, name: str) -> bool:
+        """Is the gradient of the argument `name` wanted?"""
+        return self.wanted is None or name in self.wanted
 
     def get(self, name: str) -> Any:
         """The residual `name`, or None if the forward left it empty."""

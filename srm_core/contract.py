@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from srm_core.arrays import LIBRARIES, library_of
-from srm_core.axes import ANY_SHAPE, match, shown
+from srm_core.axes import ANY_SHAPE, extents, match, shown
 from srm_core.errors import ContractError
 from srm_core.spec import FLOAT, HALF, INTEGER, OpSpec, OptionSpec, OutputSpec, TensorSpec
 
@@ -19,7 +19,11 @@ class Call:
 
     array_library, platform, device: of all its arrays. dtype: of the first tensor given in `shape_order`.
     dtypes: of every array by its name, which is "levels[0]" in a sequence of them.
+    wanted: the arrays that torch's autograd wants gradients of. traced: they are arrays without values, of a trace.
     """
+
+    traced: bool
+    wanted: list[str]
 
     def __init__(self, spec: OpSpec, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         self.spec = spec
@@ -28,6 +32,7 @@ class Call:
         self.dims: dict[str, int] = {}
         self.dtypes: dict[str, str] = {}
         self.array_library = self.platform = self.dtype = ""
+        self.traced, self.wanted = False, []
         self.device: Any = None
         self._check_libraries()
         self._check_dtypes()
@@ -70,10 +75,10 @@ class Call:
             library = LIBRARIES[name]
             why = library.refuse(value)
             if why:
-                hint = "pass a plain dense array"
-                if "requires grad" in why:
-                    hint = "call under torch.no_grad(), detach it, or use srm_core.vjp for gradients"
-                raise self.error(param, why, f"a plain array {shown(p.axes)}", hint)
+                raise self.error(param, why, f"a plain array {shown(p.axes)}", "pass a plain dense array")
+            if library.wants_gradient(value):
+                self.wanted.append(param)
+            self.traced |= library.is_traced(value)
             device = value.device
             if not first:
                 first = param
@@ -122,6 +127,18 @@ class Call:
         """The dtype of each array that the call returns, by the rules of `OutputSpec`."""
         return tuple(self._output_dtype(o) for _, o in self._outputs())
 
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each array that the call returns."""
+        shapes: list[tuple[int, ...]] = []
+        for o in self.spec.outputs:
+            if o.many is not None:
+                shapes += o.many(self.values)
+            elif o.axes == ANY_SHAPE:
+                shapes.append(next(tuple(self.values[p.name].shape) for p in self.spec.tensors if ANY_SHAPE in p.axes))
+            else:
+                shapes.append(extents(o.axes, self.dims))
+        return tuple(shapes)
+
     def output_formats(self) -> tuple[str, ...]:
         """For each array that the call returns, the argument whose memory format it has, or ""."""
         return tuple(o.format for _, o in self._outputs())
@@ -129,8 +146,8 @@ class Call:
     def _outputs(self) -> list[tuple[str, OutputSpec]]:
         outputs: list[tuple[str, OutputSpec]] = []
         for o in self.spec.outputs:
-            count = None if o.many is None else o.many(self.values)
-            outputs += [(o.name, o)] if count is None else [(f"{o.name}[{i}]", o) for i in range(count)]
+            shapes = None if o.many is None else o.many(self.values)
+            outputs += [(o.name, o)] if shapes is None else [(f"{o.name}[{i}]", o) for i in range(len(shapes))]
         return outputs
 
     def mutated(self) -> list[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from srm_core import certificates
 from srm_core.bridge import view_library
 from srm_core.config import Selection, State, parse_selection
 from srm_core.contract import Call, arrays_of
-from srm_core.errors import ConfigError, UndeclaredFeature
+from srm_core.errors import ConfigError, ContractError, KernelError, UndeclaredFeature
 from srm_core.registry import Entry, Registry, checked_reasons, resolve
 from srm_core.spec import COMMON_FEATURES, Feature, Reason
 
@@ -168,6 +168,16 @@ def _why_not(found: Registry, entry: Entry | None, call: Call, state: State, gra
             raise
         except (Exception, SystemExit) as error:
             yield Reason("predicate-failed", f"its predicate raised {type(error).__name__}: {error}")
+
+
+PASSED = (ContractError, KernelError)  # a kernel that raises one of these means the caller to have it as it is
+
+
+def kernel_error(decision: Decision, error: Exception, direction: str = "forward") -> KernelError:
+    return KernelError(
+        f"{decision.op}: the {direction} kernel of backend {decision.chosen!r} raised "
+        f"{type(error).__name__}: {error}; call: {decision.call}"
+    )
 
 
 def no_backend(decision: Decision) -> str:

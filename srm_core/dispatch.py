@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,8 +20,9 @@ from srm_core.bridge import Bridge
 from srm_core.config import CURRENT, State
 from srm_core.context import LaunchContext
 from srm_core.contract import Call
-from srm_core.decision import Decision, decide, no_backend, trace
-from srm_core.errors import ContractError, KernelError, NoBackendError
+from srm_core.decision import PASSED, Decision, decide, kernel_error, no_backend, trace
+from srm_core.errors import NoBackendError
+from srm_core.gradients import Recording
 from srm_core.registry import Registry, on_reload, registry, resolve
 from srm_core.spec import OpSpec, TensorSpec
 
@@ -29,14 +31,17 @@ MEMO_LIMIT = 4096  # keys an operator remembers; beyond that it starts afresh
 
 
 class Plan:
-    """A remembered answer: the kernel, its context, and the check of what may change at each call."""
+    """A remembered answer: the kernel, its context, the check of what may change at each call, and, where gradients
+    are wanted, the recording form of the kernel."""
 
-    __slots__ = ("check", "context", "decision", "forward")
+    __slots__ = ("check", "context", "decision", "forward", "recording")
 
     def __init__(
-        self, forward: Callable[..., Any], context: LaunchContext, decision: Decision, check: Callable[..., None] | None
-    ) -> None:
+        self, forward: Callable[..., Any], context: LaunchContext, decision: Decision,
+        check: Callable[..., None] | None, recording: Recording | None = None,
+    ) -> None:  # fmt: skip
         self.forward, self.context, self.decision, self.check = forward, context, decision, check
+        self.recording = recording
 
 
 class Operator:
@@ -49,41 +54,79 @@ class Operator:
     def forget(self) -> None:
         """Drop every remembered answer; the next call reads the registry anew."""
         self.memo: dict[Any, Plan] = {}
-        self.run: Callable[..., Any] = self._first_run
+        self.run: Callable[..., Any] = self.first_run
+        self.find: Callable[..., Plan] = self._first_find
 
-    def _first_run(self, backend: str | None, *values: Any) -> Any:
+    def first_run(self, backend: str | None, *values: Any) -> Any:
+        """`run`, before the call path is compiled. torch.compile may be the first to come, and follows this far."""
+        if "torch" in sys.modules:
+            from srm_core import torch_ops
+
+            if torch_ops.is_special():
+                return torch_ops.THROUGH[self.spec.name](backend, *values)
+        return self._compiled().run(backend, *values)
+
+    def _first_find(self, wants: bool, backend: str | None, *values: Any) -> Plan:
+        return self._compiled().find(wants, backend, *values)
+
+    def _compiled(self) -> Operator:
         # Only the registry knows whether a predicate looks at strides, which then belong into the key.
         found = registry()
-        run = self.run = _compile(self, _reads_layout(self.spec, found))
+        self.run, self.find = _compile(self, _reads_layout(self.spec, found))
         if registry() is not found:  # reloaded meanwhile
             self.forget()
-        return run(backend, *values)
+        return self
 
     def __call__(self, args: tuple[Any, ...], options: dict[str, Any], backend: str | None = None) -> Any:
         """Run a call in the canonical form of `OpSpec.bind`."""
         return self.run(backend, *args, *options.values())
 
-    def plan(self, args: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Plan:
-        """Check a call and choose its kernel. Who remembers the plan announces it afterwards."""
+    def plan(self, args: tuple[Any, ...], options: dict[str, Any], backend: str | None, wants: bool = False) -> Plan:
+        """Check a call and choose its kernel. Who remembers the plan announces it afterwards.
+
+        wants: gradients are wanted through the plan's recording, whatever torch's autograd wants.
+        """
         found, state = registry(), CURRENT.get()
         call = Call(self.spec, args, options)
-        decision = decide(found, call, state, backend)
+        refuse_gradients(call)
+        decision = decide(found, call, state, backend, gradients=wants or bool(call.wanted))
         trace(found, decision)
-        return self._plan(call, decision, state)
+        return self._plan(call, decision, state, wants)
 
-    def _plan(self, call: Call, decision: Decision, state: State) -> Plan:
+    def _plan(self, call: Call, decision: Decision, state: State, wants: bool) -> Plan:
         check = value_check(call)
         if decision.entry is None:
             if check is not None:
                 check(**call.values)  # a wrong call is a wrong call, also where nobody can run it
             raise NoBackendError(no_backend(decision), decision)
         kernel = decision.entry.kernel
-        forward = resolve(kernel.forward)
         logger.debug("%s -> %s (%s): %s", decision.call, decision.chosen, decision.why, kernel.forward)
-        if call.array_library not in kernel.arrays:
-            forward = Bridge(call, kernel.arrays, state).forward(forward)
+        native = call.array_library in kernel.arrays
+        recording = Recording(call, decision, state) if (wants or call.wanted) and not call.traced else None
+        if call.traced:
+            from srm_core import torch_ops
+
+            forward = torch_ops.trace_through(self.spec)
+        elif call.wanted and not (native and kernel.backward == "autograd"):
+            from srm_core.torch_ops.autograd import pinned
+
+            assert recording is not None
+            forward = pinned(recording)
+        else:
+            forward = resolve(kernel.forward)
+            if not native:
+                forward = Bridge(call, kernel.arrays, state).forward(forward)
         context = LaunchContext(call.array_library, call.device, state)
-        return Plan(forward, context, decision, check)
+        return Plan(forward, context, decision, check, recording)
+
+
+def refuse_gradients(call: Call) -> None:
+    """Errors: `ContractError` if torch's autograd wants gradients of an operator that has none."""
+    if call.wanted and call.spec.mutates:
+        raise call.error(
+            call.wanted[0], "a tensor that requires grad", "a plain array: what is updated in place has no gradient",
+            "call under torch.no_grad(), or detach it",
+        )  # fmt: skip
 
 
 def value_check(call: Call) -> Callable[..., None] | None:
@@ -107,6 +150,7 @@ def _reads_layout(spec: OpSpec, found: Registry) -> bool:
 # Every name of its own has an underscore: an operator's parameter may be called key, or plan.
 CALL = """
 def run(_backend, {parameters}):
+    {special}
     _plan = None
     try:
         _key = (_current(), _backend, {key})
@@ -126,12 +170,30 @@ def run(_backend, {parameters}):
         raise
     except Exception as _error:
         raise _kernel_error(_plan.decision, _error) from _error
+
+
+def find(_wants, _backend, {parameters}):
+    _plan = None
+    try:
+        _key = (_current(), _backend, _wants, {key})
+        _plan = _memo.get(_key)
+    except Exception:
+        _key = None
+    if _plan is None:
+        _plan = _miss(({args}), {{{options}}}, _backend, _wants)
+        if _key is not None:
+            _remember(_memo, _key, _plan)
+        _announce(_plan.decision)
+    return _plan
 """
-PASSED = (ContractError, KernelError)  # a kernel that raises one of these means the caller to have it as it is
+# torch.compile, torch.func's transforms and autocast do not see kernels: they go through an operator of torch.library.
+# Without torch there is nothing to ask; the first tensor brings the call path that asks.
+SPECIAL = "if {array}(_compiling() or _transforms() or _autocasts()): return _through(_backend, {parameters})"
+BEFORE_TORCH = "if {array}'torch' in _modules: return _again(_backend, {parameters})"
 
 
-def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
-    """The call path with this operator's parameters written out.
+def _compile(operator: Operator, layout: bool) -> tuple[Callable[..., Any], Callable[..., Plan]]:
+    """The call path with this operator's parameters written out, and the part of it that finds a plan.
 
     It runs on every call: as source made once an operator, as in `collections.namedtuple`, it costs half of
     what a loop over the parameters does.
@@ -157,7 +219,11 @@ def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
             key.append(f"{n}.__class__, {n}")  # True == 1, but not to the contract
         names.append(n)
         (options if p.keyword else args).append(n)
+    first = operator.spec.parameters[0]
+    array = f"{first.name}.__class__ is not _ndarray and " if isinstance(first, TensorSpec) and not first.many else ""
+    special = SPECIAL if "torch" in sys.modules else BEFORE_TORCH
     source = CALL.format(
+        special=special.format(array=array, parameters=", ".join(names)),
         parameters=", ".join(names), key=", ".join(key), args="".join(f"{n}, " for n in args),
         options=", ".join(f"{n!r}: {n}" for n in options),
         call=", ".join([*args, *(f"{n}={n}" for n in options)]),
@@ -166,11 +232,15 @@ def _compile(operator: Operator, layout: bool) -> Callable[..., Any]:
         "_current": CURRENT.get, "_memo": operator.memo, "_miss": operator.plan, "_remember": _remember,
         "_announce": _announce, "_passed": PASSED, "_kernel_error": kernel_error,
         "_strides": _strides, "_device": _device, "_ndarray": np.ndarray,
+        "_modules": sys.modules, "_again": operator.first_run,
     }  # fmt: skip
+    if special is SPECIAL:
+        from srm_core import torch_ops
+
+        scope.update(torch_ops.call_path(operator.spec))
     logger.debug("%s: compiled its call path; strides are in the key: %s", operator.spec.name, layout)
     exec(compile(source, f"<call path of {operator.spec.name}>", "exec"), scope)
-    run: Callable[..., Any] = scope["run"]
-    return run
+    return scope["run"], scope["find"]
 
 
 def _remember(memo: dict[Any, Plan], key: Any, plan: Plan) -> None:
@@ -191,13 +261,6 @@ def _device(x: Any) -> Any:
 def _strides(x: Any) -> tuple[float, ...]:
     library = library_of(x)
     return LIBRARIES[library].strides(x) if library else ()  # NumPy's scalars have none
-
-
-def kernel_error(decision: Decision, error: Exception, direction: str = "forward") -> KernelError:
-    return KernelError(
-        f"{decision.op}: the {direction} kernel of backend {decision.chosen!r} raised "
-        f"{type(error).__name__}: {error}; call: {decision.call}"
-    )
 
 
 _operators: dict[str, Operator] = {}
@@ -240,7 +303,7 @@ def explain(op: Any, *args: Any, backend: str | None = None, gradients: bool = F
     check = value_check(checked)
     if check is not None:
         check(**checked.values)
-    return decide(registry(), checked, CURRENT.get(), backend, gradients=gradients, all_of=True)
+    return decide(registry(), checked, CURRENT.get(), backend, gradients=gradients or bool(checked.wanted), all_of=True)
 
 
 def bind(op: Any, *example: Any, backend: str | None = None, **options: Any) -> Callable[..., Any]:

@@ -63,7 +63,8 @@ class OptionSpec:
 
     A static option is part of the memo key by value. A dynamic one (an index that changes at every call) is
     in the key by type alone, and `OpSpec.check_values` looks at its value at each call. `axes` says that an
-    integer array of these shapes may stand in its place.
+    integer array of these shapes may stand in its place. `schema` is its type in the operator that torch.compile
+    sees ("bool", "int[2]", "float?"); "": any value that Python can read back from its repr.
     """
 
     name: str
@@ -73,6 +74,7 @@ class OptionSpec:
     dynamic: bool = False
     axes: tuple[str, ...] = ()
     doc: str = ""
+    schema: str = ""
 
 
 Parameter = TensorSpec | OptionSpec
@@ -82,7 +84,7 @@ Parameter = TensorSpec | OptionSpec
 class OutputSpec:
     """An output. Its dtype is that of the first given tensor in `like`; a state without one follows the rule
     for states: float32 beside half activations, else the activation's dtype. many: it is a tuple of arrays, of
-    the length `many(values)`, the values of the call by name. format: the argument whose memory format it has,
+    the shapes `many(values)`, of the values of the call by name. format: the argument whose memory format it has,
     channels-last where that is dense in that order, else row-major."""
 
     name: str
@@ -90,7 +92,7 @@ class OutputSpec:
     like: tuple[str, ...] = ()
     state: bool = False
     doc: str = ""
-    many: Callable[[Mapping[str, Any]], int] | None = None
+    many: Callable[[Mapping[str, Any]], Sequence[tuple[int, ...]]] | None = None
     format: str = ""
 
 
@@ -177,6 +179,8 @@ class OpSpec:
     `reference(compute, *args, **options)` and `vjp(compute, grads, *args, **options)` are readable NumPy loops
     run in the dtype `compute`: float64 for the truth, float32 for the rounding model. Where roundings are
     permitted, both also take `rounding=`, a function (name, values) -> values, and call it at each of them.
+    autocast: what torch's autocast means to it: "lower", as to matrix products, casts activations to autocast's
+    dtype and leaves float32 parameters and states; "widest" brings activations to the widest dtype among them.
     formula, source: for people, as plain text.
     """
 
@@ -200,6 +204,7 @@ class OpSpec:
     invariants: tuple[Invariant, ...] = ()
     flops: Callable[[Case], int] | None = None
     bytes: Callable[[Case, str], int] | None = None
+    autocast: Literal["lower", "widest"] = "widest"
     formula: str = ""
     source: str = ""
 
@@ -256,6 +261,7 @@ class Kernel:
     """One operator of one backend. Targets are "package.module:function", imported on first selection.
 
     arrays: libraries whose arrays it takes natively; others on the same device reach it as views, without a copy.
+    backward: a target too; "autograd" for a kernel of differentiable torch operations.
     dtypes: of the activations. platforms: cpu, cuda, mps. rank: `auto` prefers the higher one.
     features: what `supports(view) -> list[Reason]` reads beyond what the operator declares.
     """
@@ -274,8 +280,8 @@ class Kernel:
 
     @property
     def pulls_back(self) -> bool:
-        """Has it a backward that runs without torch's autograd?"""
-        return self.backward not in (None, "autograd")
+        """Has it a backward, its own or, with "autograd", that of the torch operations it is made of?"""
+        return self.backward is not None
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,15 @@ SPEC = OpSpec(
             optional=True,
             doc="boolean, True where a step attends, or added to the scores; -inf there masks too",
         ),
-        OptionSpec("is_causal", check_bool, default=False, keyword=True, doc="step t attends to slots s <= t alone"),
-        OptionSpec("scale", check_scale, default=None, keyword=True, doc="what scores are multiplied by"),
         OptionSpec(
-            "enable_gqa", check_bool, default=False, keyword=True,
+            "is_causal", check_bool, default=False, keyword=True, schema="bool",
+            doc="step t attends to slots s <= t alone",
+        ),
+        OptionSpec(
+            "scale", check_scale, default=None, keyword=True, schema="float?", doc="what scores are multiplied by"
+        ),
+        OptionSpec(
+            "enable_gqa", check_bool, default=False, keyword=True, schema="bool",
             doc="head h attends to the keys and values of head h // (H / G)",
         ),
     ),
@@ -67,6 +72,7 @@ SPEC = OpSpec(
     ),
     flops=cases.flops,
     bytes=cases.bytes_moved,
+    autocast="lower",
     formula=(
         "score[t,s] = scale * (q[t] . k[s]) + mask[t,s], of the slots s that step t attends to\n"
         "p[t,s] = exp(score[t,s]) / sum over s of exp(score[t,s])\n"

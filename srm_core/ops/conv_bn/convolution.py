@@ -76,12 +76,37 @@ BN_WEIGHT = vector("bn_weight", "gamma, the scale after normalisation; None is 1
 BN_BIAS = vector("bn_bias", "beta, the shift after normalisation; None is 0")
 
 OPTIONS = (
-    OptionSpec("stride", _check_pair(1), 1, keyword=True, doc="step of the kernel; an integer or a pair (H, W)"),
-    OptionSpec("padding", _check_pair(0), 0, keyword=True, doc="zeros at each side; an integer or a pair (H, W)"),
-    OptionSpec("dilation", _check_pair(1), 1, keyword=True, doc="step between taps; an integer or a pair (H, W)"),
-    OptionSpec("groups", _check_groups, 1, keyword=True, doc="parts of the channels that do not see each other"),
-    OptionSpec("eps", check_number(0, LARGEST), 1e-5, keyword=True, doc="added to the variance"),
-    OptionSpec("activation", _check_activation, None, keyword=True, doc='applied at the end; None or "relu"'),
+    OptionSpec(
+        "stride",
+        _check_pair(1),
+        1,
+        keyword=True,
+        schema="int[2]",
+        doc="step of the kernel; an integer or a pair (H, W)",
+    ),
+    OptionSpec(
+        "padding",
+        _check_pair(0),
+        0,
+        keyword=True,
+        schema="int[2]",
+        doc="zeros at each side; an integer or a pair (H, W)",
+    ),
+    OptionSpec(
+        "dilation",
+        _check_pair(1),
+        1,
+        keyword=True,
+        schema="int[2]",
+        doc="step between taps; an integer or a pair (H, W)",
+    ),
+    OptionSpec(
+        "groups", _check_groups, 1, keyword=True, schema="int", doc="parts of the channels that do not see each other"
+    ),
+    OptionSpec("eps", check_number(0, LARGEST), 1e-5, keyword=True, schema="float", doc="added to the variance"),
+    OptionSpec(
+        "activation", _check_activation, None, keyword=True, schema="str?", doc='applied at the end; None or "relu"'
+    ),
 )
 
 

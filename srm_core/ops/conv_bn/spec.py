@@ -51,6 +51,7 @@ SPEC = OpSpec(
     ),
     flops=cases.flops,
     bytes=cases.bytes_moved,
+    autocast="lower",
     formula="y = act((conv(x, weight) + bias - running_mean) / sqrt(running_var + eps) * bn_weight + bn_bias)",
     source="S. Ioffe, C. Szegedy, Batch normalization: accelerating deep network training by reducing internal "
     "covariate shift, 2015, algorithm 2",

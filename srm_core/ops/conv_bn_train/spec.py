@@ -49,6 +49,7 @@ SPEC = OpSpec(
     ),
     flops=cases.flops,
     bytes=cases.bytes_moved,
+    autocast="lower",
     formula="c = conv(x, weight) + bias; mean, var: of c over batch and pixels, var biased;\n"
     "y = act((c - mean) / sqrt(var + eps) * bn_weight + bn_bias)",
     source="S. Ioffe, C. Szegedy, Batch normalization: accelerating deep network training by reducing internal "

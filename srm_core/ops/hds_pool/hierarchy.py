@@ -19,9 +19,16 @@ LEVELS = "levels"  # a level may be pooled from the rounded level below it
 SOURCE = "the hierarchical memory of the MM-Rec model"
 
 NUM_LEVELS = OptionSpec(
-    "num_levels", check_count(1), default=3, keyword=True, doc="how many levels there are, with the memory as level 0"
+    "num_levels",
+    check_count(1),
+    default=3,
+    keyword=True,
+    schema="int",
+    doc="how many levels there are, with the memory as level 0",
 )
-POOL = OptionSpec("pool", check_count(1), default=4, keyword=True, doc="how many slots are averaged into one above")
+POOL = OptionSpec(
+    "pool", check_count(1), default=4, keyword=True, schema="int", doc="how many slots are averaged into one above"
+)
 
 
 def level_sizes(slots: int, num_levels: int, pool: int) -> list[int]:

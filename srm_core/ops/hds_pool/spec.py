@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from srm_core.ops.hds_pool import cases
-from srm_core.ops.hds_pool.hierarchy import LEVELS, NUM_LEVELS, POOL, SOURCE, constrain_levels
+from srm_core.ops.hds_pool.hierarchy import LEVELS, NUM_LEVELS, POOL, SOURCE, constrain_levels, level_sizes
 from srm_core.ops.hds_pool.reference import reference, vjp
 from srm_core.spec import Invariant, OpSpec, OutputSpec, TensorSpec
 
 FORMULA = "level[l+1,m] = (level[l,pool*m] + ... + level[l,pool*m+pool-1]) / pool, where level[0] = memory"
+
+
+def _shapes(values: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """The shapes of levels 1, 2, ..., of memory's rank."""
+    *lead, slots, width = values["memory"].shape
+    return [(*lead, n, width) for n in level_sizes(slots, values["num_levels"], values["pool"])[1:]]
+
 
 SPEC = OpSpec(
     name="hds_pool",
@@ -23,7 +33,7 @@ SPEC = OpSpec(
             "levels",
             "B * D",
             like=("memory",),
-            many=lambda values: values["num_levels"] - 1,
+            many=_shapes,
             doc="levels 1 to num_levels - 1, of memory's rank: level l has M // pool^l slots; a remainder is dropped",
         ),
     ),

@@ -33,10 +33,19 @@ SPEC = OpSpec(
         TensorSpec("query", ("B H T D",), doc="what each step looks for"),
         TensorSpec("keys", ("B? H M D",), doc="what each slot of level 0 is found by; a batch of 1 is for all"),
         TensorSpec("values", ("B? H M E",), doc="what each slot of level 0 holds; a batch of 1 is for all"),
-        OptionSpec("level", _check_level, default=-1, keyword=True, doc="which level is attended to; -1 is the top"),
+        OptionSpec(
+            "level",
+            _check_level,
+            default=-1,
+            keyword=True,
+            schema="int",
+            doc="which level is attended to; -1 is the top",
+        ),
         NUM_LEVELS,
         POOL,
-        OptionSpec("scale", check_scale, default=None, keyword=True, doc="what scores are multiplied by"),
+        OptionSpec(
+            "scale", check_scale, default=None, keyword=True, schema="float?", doc="what scores are multiplied by"
+        ),
     ),
     outputs=(OutputSpec("out", "B H T E", like=("query",), doc="0 where there are no slots"),),
     shape_order=("query", "keys", "values"),
@@ -57,6 +66,7 @@ SPEC = OpSpec(
     ),
     flops=cases.flops,
     bytes=cases.bytes_moved,
+    autocast="lower",
     formula=(
         "k, v = keys, values pooled to the level, as in hds_pool\n"
         "p[t,s] = exp(scale * (q[t] . k[s])) / sum over s of exp(scale * (q[t] . k[s]))\n"

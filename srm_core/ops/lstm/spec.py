@@ -43,6 +43,7 @@ SPEC = OpSpec(
     ),
     flops=cases.flops,
     bytes=cases.bytes_moved,
+    autocast="lower",
     formula=(
         "[i, f, g, o] = x[t] @ w_ih.T + b_ih + h @ w_hh.T + b_hh\n"
         "c = sigmoid(f) * c + sigmoid(i) * tanh(g)\n"

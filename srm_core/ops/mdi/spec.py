@@ -22,6 +22,7 @@ SPEC = OpSpec(
             check_number(0, 0.5),
             default=1e-6,
             keyword=True,
+            schema="float",
             doc="gamma is clamped to eps and 1 - eps, before rounding",
         ),
     ),

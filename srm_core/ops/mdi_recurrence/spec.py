@@ -20,7 +20,7 @@ SPEC = OpSpec(
         TensorSpec("b_gate", ("D",), role="parameter", doc="their bias"),
         TensorSpec("w_mdi", ("D 2D",), role="parameter", doc="weights of the integration's gate, by z and the state"),
         TensorSpec("b_mdi", ("D",), role="parameter", doc="their bias"),
-        OptionSpec("mix", check_finite, default=0.1, keyword=True, doc="how much of n is added"),
+        OptionSpec("mix", check_finite, default=0.1, keyword=True, schema="float", doc="how much of n is added"),
         TensorSpec("lengths", ("B",), role="integer", optional=True, keyword=True, doc="0 <= length <= T; None: all T"),
     ),
     outputs=(
@@ -42,6 +42,7 @@ SPEC = OpSpec(
     ),
     flops=cases.flops,
     bytes=cases.bytes_moved,
+    autocast="lower",
     formula=(
         "g = sigmoid([z[t], h] @ w_mdi.T + b_mdi)\n"
         "n = (1 - g) * h + g * z[t] + gamma[t] * h\n"

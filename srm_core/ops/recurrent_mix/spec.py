@@ -47,6 +47,7 @@ SPEC = OpSpec(
             keyword=True,
             dynamic=True,
             axes=("B",),
+            schema="SymInt",
             doc="the position of x[:, 0], 0 <= start <= L-T; out of range as the index of recurrent_step",
         ),
         TensorSpec("lengths", ("B",), role="integer", optional=True, keyword=True, doc="0 <= length <= T; None: all T"),

@@ -25,7 +25,7 @@ PARAMETERS = (
     TensorSpec("weight", ("H L",), role="parameter", doc="w of each head at each of L positions"),
     TensorSpec("bias", ("H L",), role="parameter", doc="b likewise"),
     TensorSpec("decay", ("H",), role="parameter", doc="d of each head"),
-    OptionSpec("mode", check_modes, doc='H words, "row" or "col"; a host sequence, a tuple saves time'),
+    OptionSpec("mode", check_modes, schema="str[]", doc='H words, "row" or "col"; a host sequence, a tuple saves time'),
 )
 
 
@@ -59,7 +59,7 @@ SPEC = OpSpec(
         TensorSpec("x", ("B H D",), doc="the input of this step"),
         TensorSpec("state", ("B H D",), role="state", doc="s, what the steps before have left"),
         *PARAMETERS,
-        OptionSpec("index", check_index, dynamic=True, axes=("", "B"), doc=INDEX),
+        OptionSpec("index", check_index, dynamic=True, axes=("", "B"), schema="SymInt", doc=INDEX),
     ),
     outputs=(
         OutputSpec("y", "B H D", like=("x",), doc="the output of this step"),

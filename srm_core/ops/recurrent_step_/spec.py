@@ -78,7 +78,7 @@ SPEC = OpSpec(
             doc="s, updated to s' at the rows slots, and nowhere else",
         ),
         *PARAMETERS,
-        OptionSpec("index", _check_index, dynamic=True, axes=("", "B"), doc=INDEX),
+        OptionSpec("index", _check_index, dynamic=True, axes=("", "B"), schema="SymInt", doc=INDEX),
         TensorSpec(
             "slots",
             ("B",),

@@ -20,7 +20,7 @@ SPEC = OpSpec(
         ),
         TensorSpec("tokens", ("B T D",), optional=True, doc="x; None: the cumulative product, and gates must have T"),
         TensorSpec("initial_state", ("B D",), role="state", optional=True, doc="y[-1]; None: 0, or 1 without tokens"),
-        OptionSpec("reverse", check_bool, default=False, keyword=True, doc="t runs from the end to 0"),
+        OptionSpec("reverse", check_bool, default=False, keyword=True, schema="bool", doc="t runs from the end to 0"),
         TensorSpec("lengths", ("B",), role="integer", optional=True, keyword=True, doc="0 <= length <= T; None: all T"),
     ),
     outputs=(

@@ -1,0 +1,76 @@
+"""What the `mps` backend offers, and whether there is an Apple GPU here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from srm_core.hookspecs import hookimpl
+from srm_core.spec import HALF, BackendInfo, Given, Kernel, Reason, Static
+
+HERE, TORCH = "srm_backends.mps", "srm_backends.torch"
+DTYPES = ("float32", *HALF)  # Metal has no float64
+# What the predicates read. They import torch, which this module must not.
+FEATURES = {"recurrent_step_": (Given("slots"),), "attention": (Static("is_causal"),)}
+PREDICATES = ("recurrent_step_", "hds_update_", "hds_query", "attention")  # the others ask for the dtype alone
+
+
+def _kernel(op: str, target: str, backward: str | None = "autograd") -> Kernel:
+    predicate = op if op in PREDICATES else "dtypes"
+    return Kernel(
+        op, target, backward, arrays=("torch",), dtypes=DTYPES, platforms=("mps",), rank=5,
+        features=FEATURES.get(op, ()), supports=f"{HERE}.supports:{predicate}",
+    )  # fmt: skip
+
+
+KERNELS = (
+    _kernel("scan", f"{HERE}.scan:forward"),
+    _kernel("recurrent_mix", f"{TORCH}.recurrent_mix:forward"),
+    _kernel("recurrent_step", f"{HERE}.recurrent_step:forward"),
+    _kernel("recurrent_step_", f"{TORCH}.recurrent_step:forward_", None),
+    _kernel("mdi", f"{TORCH}.mdi:forward"),
+    _kernel("mdi_recurrence", f"{TORCH}.mdi_recurrence:forward"),
+    _kernel("lstm", f"{TORCH}.lstm:forward"),
+    _kernel("hds_pool", f"{TORCH}.hds:pool"),
+    _kernel("hds_update_", f"{TORCH}.hds:update_", None),
+    _kernel("hds_query", f"{TORCH}.hds:query"),
+    _kernel("attention", f"{TORCH}.attention:forward"),
+    _kernel("conv_bn", f"{TORCH}.conv_bn:forward"),
+    _kernel("conv_bn_train", f"{TORCH}.conv_bn:forward_train"),
+)
+
+
+@hookimpl
+def srm_backend_info() -> BackendInfo:
+    return BackendInfo("mps", tech="torch", platforms=("mps",), requires=("torch>=2.4",), kernels=KERNELS)
+
+
+@hookimpl
+def srm_probe(backend: str) -> list[Reason]:
+    """An Apple GPU, and a torch that was built for it. Elsewhere than on macOS nobody need import torch to know."""
+    if backend != "mps":
+        return []
+    if sys.platform != "darwin":
+        return [Reason("platform", "needs macOS and an Apple GPU", found=sys.platform, required="darwin")]
+    built, available = _ask_torch()
+    if not built:
+        hint = "install a torch wheel for macOS on Apple silicon"
+        return [Reason("not-built", "this torch was built without MPS", hint=hint)]
+    if not available:
+        hint = "needs macOS 12.3 or newer (newer torch: 14) and a GPU, which most virtual machines have not"
+        return [Reason("no-device", "torch finds no Apple GPU", hint=hint)]
+    return []
+
+
+ASK = "import torch.backends.mps as m; print(m.is_built(), m.is_available())"
+
+
+def _ask_torch() -> tuple[bool, bool]:
+    """(built with MPS, an MPS device is there). If torch is not imported yet, another process asks: a listing imports
+    no torch."""
+    if "torch" in sys.modules:
+        mps = sys.modules["torch"].backends.mps
+        return mps.is_built(), mps.is_available()
+    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, timeout=120, check=True)
+    built, available = (word == "True" for word in done.stdout.split())
+    return built, available

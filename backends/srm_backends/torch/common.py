@@ -1,0 +1,35 @@
+"""What the kernels of this backend share: the dtype of computation, dtypes of results, the steps of a sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def state_dtype(given: Tensor | None, like: Tensor) -> torch.dtype:
+    """The dtype of a state that comes back: that of the one that came in, else float32 beside half types."""
+    return compute_dtype(like.dtype) if given is None else given.dtype
+
+
+def valid_steps(lengths: Tensor | None, steps: int) -> Tensor | None:
+    """Which of the (B, T) steps lie within their sequence; None if all do."""
+    return None if lengths is None else torch.arange(steps, device=lengths.device) < lengths[:, None]
+
+
+def only(valid: Tensor | None, values: Tensor, beyond: float = 0.0) -> Tensor:
+    """The values (B, T, ...), and `beyond` where a step is past its sequence, whatever stands there."""
+    if valid is None:
+        return values
+    return torch.where(valid.reshape(*valid.shape, *(1,) * (values.dim() - 2)), values, beyond)
+
+
+def wants_gradient(*tensors: Any) -> bool:
+    """Does autograd record what is done with one of them?"""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,188 @@
+"""y_t = g_t * y_{t-1} + x_t over (B, T, C), the loop that `scan` and `recurrent_mix` share.
+
+Two forms. *Serial*: one operation a step. *Blocked*, where a step's work is not worth a launch: time is cut into N
+blocks that advance together, K steps each: once to find what each block does to a state (its product of gates P and
+its end from zero E), then, after the N states between the blocks are known, once more for the values. That is
+3K + N launches instead of K * N; the states between blocks are a recurrence themselves.
+
+The gradient is the same recurrence against time: a_t = dy_t + g_{t+1} * a_{t+1}, with dx_t = a_t and
+dg_t = a_t * y_{t-1}; written with itself it can be differentiated again.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srm_backends.torch.common import wants_gradient
+
+SHORT = 64  # fewer steps than this run one by one
+LONGEST = 64  # steps in a block at most: so many may multiply before a float32 product leaves the range of float64
+ROW = 4096  # on a CPU a step of more elements is worth its launch
+FAINT = 1e-200  # a float64 product below this may have lost what a later large state would bring back
+
+
+def recurrence(gates: Tensor, tokens: Tensor | None, state: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """(y (B, T, C), the last state (B, C)), all in one dtype, differentiable any number of times.
+
+    gates: (B or 1, T, C or 1), or (B or 1, 1, C or 1) if constant in time. tokens: (B, T, C), or None for 0, then
+    gates have T. state: y_{-1}, (B, C). reverse: t runs from the end to 0. Any strides.
+    """
+    if wants_gradient(gates, tokens, state):
+        return Recurrence.apply(gates, tokens, state, reverse)
+    y = _empty(gates, tokens, state)
+    return y, _run(gates, tokens, state, y, reverse)
+
+
+def _empty(gates: Tensor, tokens: Tensor | None, state: Tensor) -> Tensor:
+    steps = gates.shape[1] if tokens is None else tokens.shape[1]
+    return state.new_empty(state.shape[0], steps, state.shape[1])
+
+
+class Recurrence(torch.autograd.Function):
+    """`recurrence` with its gradient. It keeps the gates, the states and the first state."""
+
+    @staticmethod
+    def forward(gates: Tensor, tokens: Tensor | None, state: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+        y = _empty(gates, tokens, state)
+        return y, _run(gates, tokens, state, y, reverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        gates, tokens, state, ctx.reverse = inputs
+        ctx.save_for_backward(gates, state, output[0])
+        ctx.has_tokens = tokens is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
+        gates, state, y = ctx.saved_tensors
+        if y.shape[1] == 0:
+            return torch.zeros_like(gates), grad_y if ctx.has_tokens else None, grad_last, None
+        a = _adjoint(gates, grad_y, grad_last, ctx.reverse)
+        first, before = _ends(y, ctx.reverse)
+        needs_gates, needs_tokens, needs_state, _ = ctx.needs_input_grad
+        d_gates = d_state = None
+        if needs_gates:
+            earlier = [y[:, before], state[:, None]] if ctx.reverse else [state[:, None], y[:, before]]
+            d_gates = (a * torch.cat(earlier, 1)).sum_to_size(gates.shape)
+        if needs_state:
+            d_state = a[:, first] * gates[:, first if gates.shape[1] > 1 else 0]
+        return d_gates, a if needs_tokens else None, d_state, None
+
+
+def _ends(y: Tensor, reverse: bool) -> tuple[int, slice]:
+    """(the step that comes first, the steps that have one after them)."""
+    return (y.shape[1] - 1, slice(1, None)) if reverse else (0, slice(None, -1))
+
+
+def _adjoint(gates: Tensor, grad_y: Tensor, grad_last: Tensor, reverse: bool) -> Tensor:
+    """a: the gradient of every state, through all that comes after it."""
+    last, rest = (0, slice(1, None)) if reverse else (grad_y.shape[1] - 1, slice(None, -1))
+    later = gates
+    if gates.shape[1] > 1:
+        later = gates[:, :-1] if reverse else gates[:, 1:]
+    start = grad_y[:, last] + grad_last
+    if wants_gradient(gates, grad_y, grad_last):
+        earlier, _ = recurrence(later, grad_y[:, rest], start, not reverse)
+        return torch.cat([start[:, None], earlier] if reverse else [earlier, start[:, None]], 1)
+    a = torch.empty(grad_y.shape, dtype=grad_y.dtype, device=grad_y.device)
+    a[:, last] = start
+    _run(later, grad_y[:, rest], start, a[:, rest], not reverse)
+    return a
+
+
+def _run(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, reverse: bool) -> Tensor:
+    """Write y into out; returns the last state, in memory of its own."""
+    with torch.no_grad():
+        if out.numel() == 0:
+            return state.clone()
+        steps, row = out.shape[1], out.shape[0] * out.shape[2]
+        if (
+            steps < SHORT
+            or (out.device.type == "cpu" and row > ROW)
+            or not _blocked(gates, tokens, state, out, reverse)
+        ):
+            return _serial(gates, tokens, state, out, reverse).clone()
+        return out[:, 0 if reverse else -1].clone()
+
+
+def _order(a: Tensor, axis: int, reverse: bool) -> list[Tensor]:
+    """The steps of `a` in the order in which they are taken."""
+    steps = list(a.unbind(axis))
+    return steps[::-1] if reverse else steps
+
+
+def _serial(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, reverse: bool, axis: int = 1) -> Tensor:
+    """One step after the other along `axis`."""
+    rows = _order(out, axis, reverse)
+    factors = _order(gates, axis, reverse)
+    if len(factors) != len(rows):
+        factors = factors * len(rows)
+    if tokens is None:
+        for factor, row in zip(factors, rows, strict=True):
+            state = torch.mul(factor, state, out=row)
+        return state
+    for factor, term, row in zip(factors, _order(tokens, axis, reverse), rows, strict=True):
+        state = torch.addcmul(term, factor, state, out=row)
+    return state
+
+
+def _blocked(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, reverse: bool) -> bool:
+    """The same in blocks; False, where that can be asked without waiting for a device, if the detour over products
+    could differ from the plain loop."""
+    steps = out.shape[1]
+    size = min(LONGEST, max(8, isqrt(steps // 3)))
+    count = steps // size
+    whole = count * size
+    # The rest, less than a block, comes last.
+    main, rest = slice(0, whole), slice(whole, None)
+    if reverse:
+        main, rest = slice(steps - whole, None), slice(0, steps - whole)
+
+    def cut(a: Tensor) -> Tensor:  # (B, T, C) -> (B, N, K, C)
+        return a[:, main].unflatten(1, (count, size))
+
+    constant = gates.shape[1] == 1
+    g = gates[:, :, None] if constant else cut(gates)
+    x = None if tokens is None else cut(tokens)
+
+    # In float64 products have range enough for float32, and no rounding of their own. Apple's GPUs have none.
+    wide = torch.float32 if out.device.type == "mps" else torch.float64
+    factors = _order(g, 2, reverse) * (size if constant else 1)
+    if constant:
+        product = g[:, :, 0].to(wide) ** size
+    else:
+        product = factors[0].to(wide, copy=True)  # (B, N, C)
+        for factor in factors[1:]:
+            product *= factor
+    end = product.new_zeros(out.shape[0], count, out.shape[2])
+    if x is not None:
+        terms = _order(x, 2, reverse)
+        end += terms[0]
+        for factor, term in zip(factors[1:], terms[1:], strict=True):
+            end.mul_(factor).add_(term)
+    if out.device.type == "cpu" and not _is_safe(product, end, out.dtype):
+        return False
+    # Where a product overflows, a state of 0 has no part in it and any other is beyond float32 anyway.
+    product.clamp_(-torch.finfo(wide).max, torch.finfo(wide).max)
+
+    between = product.new_empty(out.shape[0], count, out.shape[2])  # the state before each block
+    first, others, done = (-1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))
+    between[:, first] = state
+    if count > 1:
+        _run(product if constant else product[:, done], end[:, done], between[:, first], between[:, others], reverse)
+    _serial(g, x, between.to(out.dtype), cut(out), reverse, axis=2)
+    if whole < steps:
+        middle = out[:, steps - whole] if reverse else out[:, whole - 1]
+        later = gates if constant else gates[:, rest]
+        _serial(later, None if tokens is None else tokens[:, rest], middle, out[:, rest], reverse)
+    return True
+
+
+def _is_safe(product: Tensor, end: Tensor, dtype: torch.dtype) -> bool:
+    if not (product.isfinite().all() and end.isfinite().all()):
+        return False
+    return dtype is not torch.float64 or not bool((product.abs() < FAINT).any())

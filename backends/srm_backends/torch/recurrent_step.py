@@ -1,0 +1,107 @@
+"""`recurrent_step` and `recurrent_step_` on torch, all heads of both modes at once.
+
+Both modes are s' = w_in*x + d*s and y = w_out*s' + b, with (w_in, w_out) = (w, 1) for a row head and (1, w) for a
+col head.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srm_backends.torch.common import compute_dtype
+from srm_core.context import LaunchContext
+
+
+@lru_cache(maxsize=256)
+def _row_heads(mode: tuple[str, ...], device: torch.device) -> Tensor:
+    """(H,) True for row heads. Made once: a copy from the host has no place in a captured graph."""
+    with torch.inference_mode(False):
+        return torch.tensor([word == "row" for word in mode], dtype=torch.bool, device=device)
+
+
+def in_and_out(w: Tensor, mode: tuple[str, ...]) -> tuple[Any, Any]:
+    """(w_in, w_out) of w (..., H); a number where it is 1 for every head."""
+    if "col" not in mode:
+        return w, 1.0
+    if "row" not in mode:
+        return 1.0, w
+    row = _row_heads(mode, w.device)
+    return torch.where(row, w, 1.0), torch.where(row, 1.0, w)
+
+
+def at_positions(parameter: Tensor, positions: Any) -> Tensor:
+    """parameter (H, L) at positions, an integer or (...): (..., H); NaN where a position is out of range."""
+    if not isinstance(positions, Tensor):
+        return parameter[:, positions]
+    last = parameter.shape[1] - 1
+    inside = (positions >= 0) & (positions <= last)
+    taken = parameter.T[positions.clamp(0, max(last, 0))]
+    return torch.where(inside[..., None], taken, torch.nan)
+
+
+def _advance(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, decay: Tensor, mode: tuple[str, ...], index: Any
+) -> tuple[Tensor, Tensor]:
+    """(y, s') in the dtype of computation."""
+    compute = compute_dtype(x.dtype)
+    w, b = (at_positions(p.to(compute), index)[..., None] for p in (weight, bias))  # (H, 1) or (B, H, 1)
+    d = decay.to(compute)[:, None]
+    w_in, w_out = in_and_out(w.squeeze(-1), mode)
+    x, state = x.to(compute), state.to(compute)
+    new = torch.addcmul(_times(x, w_in), d, state)
+    return torch.addcmul(b, w_out[..., None], new) if isinstance(w_out, Tensor) else new + b, new
+
+
+def _times(x: Tensor, factor: Any) -> Tensor:
+    return x * factor[..., None] if isinstance(factor, Tensor) else x
+
+
+def forward(
+    ctx: LaunchContext, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, decay: Tensor,
+    mode: tuple[str, ...], index: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y, new = _advance(x, state, weight, bias, decay, mode, index)
+    return y.to(x.dtype), new.to(state.dtype)
+
+
+def forward_(
+    ctx: LaunchContext, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, decay: Tensor,
+    mode: tuple[str, ...], index: Any, *, slots: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    with torch.no_grad():
+        if slots is None:
+            y, new = _advance(x, state, weight, bias, decay, mode, index)
+            state.copy_(new)
+            return y.to(x.dtype)
+        if not x.shape[0]:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        if slots.device.type == "cpu":  # they have been checked
+            y, new = _advance(x, state[slots], weight, bias, decay, mode, index)
+            state.index_copy_(0, slots.long(), new.to(state.dtype))
+            return y.to(x.dtype)
+        return _unchecked(x, state, weight, bias, decay, mode, index, slots)
+
+
+def _unchecked(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, decay: Tensor, mode: tuple[str, ...], index: Any,
+    slots: Tensor,
+) -> Tensor:  # fmt: skip
+    """With slots that may be out of range, in device memory: those give NaN and change nothing.
+
+    Nothing can be left out without asking the device how much; so a sequence without a slot writes, once more, what
+    the first one with a slot does, or if there is none what stands there.
+    """
+    if not state.shape[0]:
+        return torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
+    good = (slots >= 0) & (slots < state.shape[0])  # (B,)
+    rows = torch.where(good, slots, 0).long()
+    before = state[rows]
+    y, new = _advance(x, before, weight, bias, decay, mode, index)
+    first = good.to(torch.int32).argmax().reshape(1)
+    after = torch.where(good[:, None, None], new.to(state.dtype), before)
+    state.index_copy_(0, torch.where(good, rows, rows[first]), torch.where(good[:, None, None], after, after[first]))
+    return torch.where(good[:, None, None], y, torch.nan).to(x.dtype)
