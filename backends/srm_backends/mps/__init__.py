@@ -1,1 +1,1 @@
-"""The `mps` backend: torch's operations on Apple GPUs, with Metal kernels of our own for `scan` and `recurrent_step`."""
+"""The `mps` backend: torch on Apple GPUs, with Metal kernels of our own for `scan` and `recurrent_step`."""

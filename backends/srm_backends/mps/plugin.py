@@ -12,7 +12,7 @@ HERE, TORCH = "srm_backends.mps", "srm_backends.torch"
 DTYPES = ("float32", *HALF)  # Metal has no float64
 # What the predicates read. They import torch, which this module must not.
 FEATURES = {"recurrent_step_": (Given("slots"),), "attention": (Static("is_causal"),)}
-PREDICATES = ("recurrent_step_", "hds_update_", "hds_query", "attention")  # the others ask for the dtype alone
+PREDICATES = ("recurrent_step_", "hds_query", "attention")  # the others ask for the dtype alone
 
 
 def _kernel(op: str, target: str, backward: str | None = "autograd") -> Kernel:
@@ -47,17 +47,19 @@ def srm_backend_info() -> BackendInfo:
 
 @hookimpl
 def srm_probe(backend: str) -> list[Reason]:
-    """An Apple GPU, and a torch that was built for it. Elsewhere than on macOS nobody need import torch to know."""
-    if backend != "mps":
-        return []
-    if sys.platform != "darwin":
-        return [Reason("platform", "needs macOS and an Apple GPU", found=sys.platform, required="darwin")]
-    built, available = _ask_torch()
+    return why_not(sys.platform) if backend == "mps" else []
+
+
+def why_not(platform: str) -> list[Reason]:
+    """An Apple GPU is needed, and a torch that was built for it. Elsewhere than on macOS torch need not be asked."""
+    if platform != "darwin":
+        return [Reason("platform", "needs macOS and an Apple GPU", found=platform, required="darwin")]
+    built, available = ask_torch()
     if not built:
         hint = "install a torch wheel for macOS on Apple silicon"
         return [Reason("not-built", "this torch was built without MPS", hint=hint)]
     if not available:
-        hint = "needs macOS 12.3 or newer (newer torch: 14) and a GPU, which most virtual machines have not"
+        hint = "it needs the macOS that this torch was built for, and a GPU, which many virtual machines lack"
         return [Reason("no-device", "torch finds no Apple GPU", hint=hint)]
     return []
 
@@ -65,7 +67,7 @@ def srm_probe(backend: str) -> list[Reason]:
 ASK = "import torch.backends.mps as m; print(m.is_built(), m.is_available())"
 
 
-def _ask_torch() -> tuple[bool, bool]:
+def ask_torch() -> tuple[bool, bool]:
     """(built with MPS, an MPS device is there). If torch is not imported yet, another process asks: a listing imports
     no torch."""
     if "torch" in sys.modules:

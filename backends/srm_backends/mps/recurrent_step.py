@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from srm_backends.mps import shaders
@@ -32,15 +31,14 @@ def forward(
     batch, heads, width = x.shape
     if not shaders.available() or heads >= MOST_HEADS or wants_gradient(x, state, weight, bias, decay):
         return composed.forward(ctx, x, state, weight, bias, decay, mode, index)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    new = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+    y, new = ctx.empty(x.shape, x.dtype), ctx.empty(state.shape, state.dtype)
     if not y.numel():
         return y, new
     if not weight.dtype is bias.dtype is decay.dtype:  # few, and seldom
         weight, bias, decay = weight.float(), bias.float(), decay.float()
     array = index if isinstance(index, Tensor) else None
     plan = [
-        weight.shape[1], 0 if array is not None else index, *shaders.integers(array),
+        weight.shape[1], 0 if array is not None else int(index), *shaders.integers(array),
         *shaders.strides(x), *shaders.strides(state), *shaders.strides(weight), *shaders.strides(bias),
         *shaders.strides(decay), *shaders.strides(y), *shaders.strides(new),
     ]  # fmt: skip

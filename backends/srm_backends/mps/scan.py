@@ -22,9 +22,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not shaders.available():
         return composed.forward(ctx, gates, tokens, initial_state, reverse=reverse, lengths=lengths)
-    if not wants_gradient(gates, tokens, initial_state):
-        return metal_scan(gates, tokens, initial_state, reverse, lengths)
     like = gates if tokens is None else tokens
+    state_type = state_dtype(initial_state, like)
+    if not wants_gradient(gates, tokens, initial_state):
+        y = ctx.empty(like.shape, like.dtype)
+        last = ctx.empty((like.shape[0], like.shape[2]), state_type)
+        return write_scan(y, last, gates, tokens, initial_state, reverse, lengths)
     valid = valid_steps(lengths, like.shape[1])
     g = only(valid, gates.float(), 1.0)
     x = None if tokens is None else only(valid, tokens.float())
@@ -33,21 +36,19 @@ def forward(
     else:
         state = initial_state.float()
     y, last = recurrence(g, x, state, reverse)
-    return only(valid, y).to(like.dtype), last.to(state_dtype(initial_state, like))
+    return only(valid, y).to(like.dtype), last.to(state_type)
 
 
-def metal_scan(
-    gates: Tensor, tokens: Tensor | None, state: Tensor | None, reverse: bool, lengths: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(y, the final state), which autograd does not see. gates: (B or 1, T or 1, D or 1), any strides."""
-    like = gates if tokens is None else tokens
-    batch, steps, width = like.shape
-    y = torch.empty((batch, steps, width), dtype=like.dtype, device=like.device)
-    last = torch.empty((batch, width), dtype=state_dtype(state, like), device=like.device)
+def write_scan(
+    y: Tensor, last: Tensor, gates: Tensor, tokens: Tensor | None, state: Tensor | None, reverse: bool,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill y (B, T, D) and the final state (B, D), which autograd does not see. gates: (B or 1, T or 1, D or 1)."""
+    batch, steps, width = y.shape
     if not y.numel():  # nothing to launch on; at T = 0 the state stays what it is
         return y, last.fill_(1 if tokens is None else 0) if state is None else last.copy_(state)
     plan = [
-        steps, reverse, tokens is not None, state is not None, *shaders.integers(lengths),
+        steps, int(reverse), int(tokens is not None), int(state is not None), *shaders.integers(lengths),
         *shaders.strides(gates),
         *(shaders.strides(tokens) if tokens is not None else (0, 0, 0)),
         *(shaders.strides(state) if state is not None else (0, 0)),
@@ -55,8 +56,7 @@ def metal_scan(
     ]  # fmt: skip
     # What is absent is not read, but a buffer must stand there.
     buffers = [gates if a is None else a for a in (gates, tokens, state, lengths)]
-    dtypes = (like.dtype, gates.dtype, last.dtype)
-    shaders.launch("scan", dtypes, [*buffers, y, last, [int(n) for n in plan]], (width, batch))
+    shaders.launch("scan", (y.dtype, gates.dtype, last.dtype), [*buffers, y, last, plan], (width, batch))
     return y, last
 
 
@@ -71,7 +71,10 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(gates: Tensor, tokens: Tensor | None, state: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        return metal_scan(gates, tokens, state, reverse)
+        batch, width = state.shape
+        steps = (gates if tokens is None else tokens).shape[1]
+        y, last = state.new_empty((batch, steps, width)), state.new_empty((batch, width))
+        return write_scan(y, last, gates, tokens, state, reverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -31,13 +31,14 @@ def available() -> bool:
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
+    """The kernels, compiled on the first call."""
     return torch.mps.compile_shader(source())
 
 
 def launch(name: str, dtypes: Sequence[torch.dtype], arguments: Sequence[Any], grid: tuple[int, ...]) -> None:
     """Run the instance of kernel `name` for `dtypes`. grid: how many threads along x, y, z; none of them 0."""
-    kernel = getattr(_library(), "_".join([name, *(WORDS[dtype] for dtype in dtypes)]))
+    kernel = getattr(library(), "_".join([name, *(WORDS[dtype] for dtype in dtypes)]))
     kernel(*arguments, threads=grid, group_size=(min(grid[0], GROUP), *(1,) * (len(grid) - 1)))
 
 

@@ -48,10 +48,6 @@ def recurrent_step_(view: Any) -> list[Reason]:
     return dtypes(view) + (_needs(INDEX_COPY, "index_copy") if view[SLOTS] else [])
 
 
-def hds_update_(view: Any) -> list[Reason]:
-    return dtypes(view) + _needs(INDEX_COPY, "index_copy")
-
-
 def hds_query(view: Any) -> list[Reason]:
     return dtypes(view) + _needs(ATTENTION, "scaled_dot_product_attention")
 

@@ -33,3 +33,18 @@ def only(valid: Tensor | None, values: Tensor, beyond: float = 0.0) -> Tensor:
 def wants_gradient(*tensors: Any) -> bool:
     """Does autograd record what is done with one of them?"""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Are they images (B, C, H, W) dense in channels-last order, and not in their own as well?"""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def no_conflict(good: Tensor) -> Tensor:
+    """For writes of which some, known to the device alone, must not happen: (..., K) which write to do instead.
+
+    A write that is not good is replaced by the first good one of its row, which is then done twice; where none is
+    good, by the first, whose value must be what stands there.
+    """
+    order = torch.arange(good.shape[-1], device=good.device)
+    return torch.where(good, order, good.to(torch.int32).argmax(-1, keepdim=True))

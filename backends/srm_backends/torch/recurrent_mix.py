@@ -38,10 +38,8 @@ def forward(
         state = initial_state.to(compute).reshape(batch, heads * width)
     states, last = recurrence(only(valid, gates, 1.0), flat, state)
     states = states.unflatten(2, (heads, width))
-    if isinstance(w_out, Tensor):
-        y = torch.addcmul(b[..., None], w_out[..., None], states)
-    else:
-        y = states + b[..., None]
+    y = states if not isinstance(w_out, Tensor) else w_out[..., None] * states
+    y = y + b[..., None]
     return only(valid, y).to(x.dtype), last.unflatten(1, (heads, width)).to(state_dtype(initial_state, x))
 
 

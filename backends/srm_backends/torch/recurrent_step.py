@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srm_backends.torch.common import compute_dtype
+from srm_backends.torch.common import compute_dtype, no_conflict
 from srm_core.context import LaunchContext
 
 
@@ -90,18 +90,14 @@ def _unchecked(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, decay: Tensor, mode: tuple[str, ...], index: Any,
     slots: Tensor,
 ) -> Tensor:  # fmt: skip
-    """With slots that may be out of range, in device memory: those give NaN and change nothing.
-
-    Nothing can be left out without asking the device how much; so a sequence without a slot writes, once more, what
-    the first one with a slot does, or if there is none what stands there.
-    """
+    """With slots that may be out of range, in device memory: those give NaN and change nothing."""
     if not state.shape[0]:
         return torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
     good = (slots >= 0) & (slots < state.shape[0])  # (B,)
     rows = torch.where(good, slots, 0).long()
     before = state[rows]
     y, new = _advance(x, before, weight, bias, decay, mode, index)
-    first = good.to(torch.int32).argmax().reshape(1)
+    source = no_conflict(good)
     after = torch.where(good[:, None, None], new.to(state.dtype), before)
-    state.index_copy_(0, torch.where(good, rows, rows[first]), torch.where(good[:, None, None], after, after[first]))
+    state.index_copy_(0, rows[source], after[source])
     return torch.where(good[:, None, None], y, torch.nan).to(x.dtype)
