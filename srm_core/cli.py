@@ -132,6 +132,34 @@ def perplexity(
 
 
 @app.command
+def convert(
+    weights: Path, out: Path, /, *, config: Path | None = None, check: bool = False, force: bool = False
+) -> int:
+    """Write a torch checkpoint of a recurrent mixer as safetensors with its config, which --model reads.
+
+    Nothing that is in the checkpoint is run. It is a state dict under the original's names, bare, or under
+    'state_dict' or 'model_state_dict' beside the model's arguments, 'config'; names may have the prefixes that torch's
+    wrappers add. Where the arguments are missing, they are taken from shapes.
+
+    Parameters
+    ----------
+    weights
+        What torch.save has written.
+    out
+        The file to write, whole or not at all.
+    config
+        A JSON file of the model's arguments; instead of the checkpoint's own.
+    check
+        Compare the logits of the torch module and of the file's model on random texts; exit code 1 if they differ.
+    force
+        Replace OUT if it exists.
+    """
+    from srm_core.commands.convert import run
+
+    return run(weights, out, config, check, force)
+
+
+@app.command
 def backends(*, json: bool = False, traceback: bool = False) -> None:
     """Operators by backends, with the reason for every gap, and the plugins that could not be used.
 

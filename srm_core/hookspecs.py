@@ -40,4 +40,4 @@ def srm_conformance_profile(backend: str) -> Any:
 
 @hookspec
 def srm_on_decision(decision: Decision) -> None:
-    """Called when a backend has been chosen: for a kind of call that was not seen before, and for every `vjp`."""
+    """Called when a backend has been chosen: for a kind of call that was not seen before."""

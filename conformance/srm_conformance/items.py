@@ -58,8 +58,13 @@ class Target:
         return (*wide, *half)
 
     def judge(self, case: Case, dtype: str, seed: int = 0, precision: str = "ieee") -> Judge:
+        return judge_of(self.spec.name, case.name, dtype, seed, precision, self.looser)
+
+    @property
+    def looser(self) -> float:
+        """By what factor the backend's profile asks for more tolerance."""
         looser = self.subject.profile.looser.get(self.spec.name)
-        return judge_of(self.spec.name, case.name, dtype, seed, precision, looser.factor if looser else 1.0)
+        return looser.factor if looser else 1.0
 
 
 @lru_cache(maxsize=MOST)

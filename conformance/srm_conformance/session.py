@@ -114,7 +114,7 @@ class Session:
             **CHECKS,
             "random": partial(random, profile=self.options.profile, number=self.options.seed),
         }
-        if self.subject.device != "cpu":
+        if self.subject.device == "cuda":
             checks |= DEVICE_CHECKS
         if self.options.large:
             checks["large"] = large

@@ -136,9 +136,12 @@ class _OwnWeights(CausalMixing):
     ) -> None:  # fmt: skip
         length = bias[-1]
         self.decay_constant = max(1, length // per_step) if decay_constant is None else decay_constant
-        # As much of each input as makes a head with a decay an average over time.
+        # Averages of the past, weighted by d; sums would grow with the text where d is 1. A row head cannot know how
+        # long the past will be, so it counts with L. Heads that share a bias are summed.
         d = 1.0 if decays is None else min(max(initial_decay, LOW), HIGH) ** (1 / self.decay_constant)
-        self.weight = nn.Parameter(torch.full((weights, length), max(1 - d, 0.02)))
+        mean = torch.full((length,), d, dtype=torch.float64).cumprod(0).div(d).cumsum(0).reciprocal()
+        begin = torch.stack([mean if mode == "col" else mean[-1].expand(length) for mode in self.mode])
+        self.weight = nn.Parameter((begin if len(bias) > 1 else begin / weights).to(torch.get_default_dtype()))
         self.bias = nn.Parameter(torch.zeros(bias))
         value = None if decays is None else nn.Parameter(torch.full(decays, initial_decay))
         self.register_parameter("decay_value", value)
@@ -299,10 +302,10 @@ class _SeparateHeads(CausalMixing):
         super().__init__()
         heads = len(mixers)
         self.mode = tuple(m.mode[i] for i in range(len(mixers[0].mode)) for m in mixers)
-        self.mixer_heads = nn.ModuleList(mixers)
+        self.mixer_heads: Any = nn.ModuleList(mixers)
         self.use_projections = use_projections
         if use_projections:
-            self.proj_head = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim // heads) for _ in range(heads))
+            self.proj_head: Any = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim // heads) for _ in range(heads))
             self.out_proj = nn.Linear(hidden_dim, hidden_dim)
 
     def pack(self) -> Packed:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -76,12 +76,12 @@ class SharedCache:
         header = MAGIC + len(text := json.dumps(layout).encode()).to_bytes(8, "little") + text
         self._open(_create(name, _offsets(layout, len(header))[-1]), layout, len(header), owned=True)
         # Whoever attaches finds the mark at the front only when everything behind it is there.
-        segment = self._segment
+        buffer = cast(memoryview, self._segment.buf)
         try:
-            segment.buf[len(MAGIC) : len(header)] = header[len(MAGIC) :]
-            if lock and not _segment_path(segment.name).exists():
-                _lock_path(segment.name).touch(0o600)
-            segment.buf[: len(MAGIC)] = MAGIC
+            buffer[len(MAGIC) : len(header)] = header[len(MAGIC) :]
+            if lock and not _segment_path(self.name).exists():
+                _lock_path(self.name).touch(0o600)
+            buffer[: len(MAGIC)] = MAGIC
         except BaseException:
             self.close()
             raise
@@ -119,11 +119,8 @@ class SharedCache:
         shapes = layout["shapes"]
         begin = _offsets(layout, header)
         self._arrays: tuple[Array, ...] | None = (
-            np.ndarray((shapes[0][0],), np.int64, segment.buf, begin[0]),
-            *(
-                np.ndarray(tuple(s), layout["dtype"], segment.buf, at)
-                for s, at in zip(shapes, begin[1:-1], strict=True)
-            ),
+            _view(segment, "int64", [shapes[0][0]], begin[0]),
+            *(_view(segment, layout["dtype"], s, at) for s, at in zip(shapes, begin[1:-1], strict=True)),
         )
         self._tensors = tuple(numpy_to_torch(a) for a in self._arrays)
         self._release = weakref.finalize(self, _release, segment, os.getpid() if owned else None)
@@ -147,7 +144,9 @@ class SharedCache:
 
     def _views(self) -> tuple[Array, ...]:
         if self._arrays is None:
-            raise ContractError("SharedCache", self.name, "a cache that is closed", "an open one", "attach or create one")
+            raise ContractError(
+                "SharedCache", self.name, "a cache that is closed", "an open one", "attach or create one"
+            )
         return self._arrays
 
     def rows(self, slots: Any = None) -> CacheRows:
@@ -291,15 +290,20 @@ def _attach(name: str) -> _Segment:
     with _attaching:
         register = resource_tracker.register
 
-        def others(path: str, kind: str) -> None:
+        def others(path: Any, kind: str) -> None:
             if kind != "shared_memory" or path.lstrip("/") != name:
                 register(path, kind)
 
-        resource_tracker.register = others
+        resource_tracker.register = cast(Any, others)
         try:
             return _Segment(name=name)
         finally:
             resource_tracker.register = register
+
+
+def _view(segment: SharedMemory, dtype: str, shape: list[int], at: int) -> Array:
+    # Not np.ndarray(buffer=...), which lets the memory be unmapped while the array is in use.
+    return np.frombuffer(cast(memoryview, segment.buf), dtype, math.prod(shape), at).reshape(shape)
 
 
 def _segment_path(name: str) -> Path:
@@ -337,12 +341,12 @@ def _offsets(layout: dict[str, Any], header: int) -> list[int]:
 
 def _read_header(segment: SharedMemory, name: str) -> tuple[dict[str, Any], int]:
     """The layout, and the header's length. The segment may be anything at all."""
-    start = len(MAGIC) + 8
+    start, data = len(MAGIC) + 8, cast(memoryview, segment.buf)
     try:
-        if bytes(segment.buf[: len(MAGIC)]) != MAGIC:
+        if bytes(data[: len(MAGIC)]) != MAGIC:
             raise ValueError
-        end = start + int.from_bytes(segment.buf[len(MAGIC) : start], "little")
-        layout = json.loads(bytes(segment.buf[start:end]))
+        end = start + int.from_bytes(data[len(MAGIC) : start], "little")
+        layout = json.loads(bytes(data[start:end]))
         layout["shapes"] = _check_shapes(layout["shapes"])
         if layout["dtype"] not in DTYPES or _offsets(layout, end)[-1] > segment.size:
             raise ValueError

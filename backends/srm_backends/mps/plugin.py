@@ -6,20 +6,19 @@ import subprocess
 import sys
 
 from srm_core.hookspecs import hookimpl
-from srm_core.spec import HALF, BackendInfo, Given, Kernel, Reason, Static
+from srm_core.spec import HALF, BackendInfo, Given, Kernel, Reason
 
 HERE, TORCH = "srm_backends.mps", "srm_backends.torch"
 DTYPES = ("float32", *HALF)  # Metal has no float64
-# What the predicates read. They import torch, which this module must not.
-FEATURES = {"recurrent_step_": (Given("slots"),), "attention": (Static("is_causal"),)}
-PREDICATES = ("recurrent_step_", "hds_query", "attention")  # the others ask for the dtype alone
+# What the predicates look at beyond the dtype. They import torch, which this module must not.
+PREDICATES = {"recurrent_step_": "recurrent_step_", "attention": "attention", "hds_query": "attention"}
+FEATURES = {"recurrent_step_": (Given("slots"),)}
 
 
 def _kernel(op: str, target: str, backward: str | None = "autograd") -> Kernel:
-    predicate = op if op in PREDICATES else "dtypes"
     return Kernel(
         op, target, backward, arrays=("torch",), dtypes=DTYPES, platforms=("mps",), rank=5,
-        features=FEATURES.get(op, ()), supports=f"{HERE}.supports:{predicate}",
+        features=FEATURES.get(op, ()), supports=f"{HERE}.supports:{PREDICATES.get(op, 'dtypes')}",
     )  # fmt: skip
 
 
@@ -34,7 +33,7 @@ KERNELS = (
     _kernel("hds_pool", f"{TORCH}.hds:pool"),
     _kernel("hds_update_", f"{TORCH}.hds:update_", None),
     _kernel("hds_query", f"{TORCH}.hds:query"),
-    _kernel("attention", f"{TORCH}.attention:forward"),
+    _kernel("attention", f"{HERE}.attention:forward"),
     _kernel("conv_bn", f"{TORCH}.conv_bn:forward"),
     _kernel("conv_bn_train", f"{TORCH}.conv_bn:forward_train"),
 )
@@ -54,25 +53,33 @@ def why_not(platform: str) -> list[Reason]:
     """An Apple GPU is needed, and a torch that was built for it. Elsewhere than on macOS torch need not be asked."""
     if platform != "darwin":
         return [Reason("platform", "needs macOS and an Apple GPU", found=platform, required="darwin")]
-    built, available = ask_torch()
+    built, failure = ask_torch()
     if not built:
         hint = "install a torch wheel for macOS on Apple silicon"
         return [Reason("not-built", "this torch was built without MPS", hint=hint)]
-    if not available:
+    if failure:
         hint = "it needs the macOS that this torch was built for, and a GPU, which many virtual machines lack"
-        return [Reason("no-device", "torch finds no Apple GPU", hint=hint)]
+        return [Reason("no-device", f"torch cannot use an Apple GPU here: {failure}", hint=hint)]
     return []
 
 
-ASK = "import torch.backends.mps as m; print(m.is_built(), m.is_available())"
-
-
-def ask_torch() -> tuple[bool, bool]:
-    """(built with MPS, an MPS device is there). If torch is not imported yet, another process asks: a listing imports
-    no torch."""
+def ask_torch() -> tuple[bool, str]:
+    """(built with MPS, the error of a small computation there). If torch is not imported yet, another process asks: a
+    listing imports no torch."""
     if "torch" in sys.modules:
-        mps = sys.modules["torch"].backends.mps
-        return mps.is_built(), mps.is_available()
-    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, timeout=120, check=True)
-    built, available = (word == "True" for word in done.stdout.split())
-    return built, available
+        return try_out()
+    code = "from srm_backends.mps.plugin import try_out; print(*try_out(), sep=chr(10))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    built, failure = done.stdout.splitlines()
+    return built == "True", failure
+
+
+def try_out() -> tuple[bool, str]:
+    """Virtual machines have devices that are there for torch, and have no memory."""
+    import torch
+
+    try:
+        torch.ones(1, device="mps").sum().item()
+    except Exception as error:
+        return torch.backends.mps.is_built(), f"{type(error).__name__}: {error}".splitlines()[0]
+    return torch.backends.mps.is_built(), ""

@@ -12,11 +12,13 @@ from importlib.resources import files
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 PARTS = ("shim.h", "integers.h", "scan.metal", "recurrent_step.metal")
 WORDS = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
 GROUP = 256  # threads that are launched together
+RECENT = Version(torch.__version__).release >= (2, 7)
 
 
 def source() -> str:
@@ -26,8 +28,8 @@ def source() -> str:
 
 
 def available() -> bool:
-    """Can this torch compile Metal source? (From 2.7 on; before, the torch operations stand in.)"""
-    return hasattr(torch.mps, "compile_shader")
+    """Can this torch compile Metal source, and hand it sequences of integers? Before, torch operations stand in."""
+    return RECENT and hasattr(torch.mps, "compile_shader")
 
 
 @cache

@@ -1,10 +1,9 @@
 """What torch cannot do, or does wrongly, on Apple GPUs, as reasons.
 
-The bounds are those of torch's own issues and release notes: index_copy came in 2.8 and read strided indices wrongly
-until 2.9 (#154326, #161333); scaled_dot_product_attention gave wrong values without an error, for tensors that are
-not contiguous (2.8, #163597), for key lengths off the block (until 2.11, #169222, #174861), for values of another
-width (until 2.12, #176767), for partly broadcast masks (mended in May 2026, #184180); and is_causal in half types
-lets a query see up to three later keys (#195910, reported against torch of September 2026).
+The bounds follow from the dates of torch's own issues and pull requests: index_copy came in 2.8 and read strided
+indices wrongly until 2.9 (#154326, #161333); scaled_dot_product_attention gave wrong values without an error, for
+tensors that are not contiguous (2.8, #163597), for key lengths off the block (until 2.11, #169222, #174861), for values
+of another width (until 2.12, #176767), for partly broadcast masks (mended in May 2026, #184180).
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from srm_core.spec import HALF, Given, Reason, Static
+from srm_core.spec import Given, Reason
 
-SLOTS, CAUSAL = Given("slots"), Static("is_causal")
+SLOTS = Given("slots")
 INDEX_COPY, ATTENTION = "2.9", "2.13"
 
 
@@ -48,18 +47,5 @@ def recurrent_step_(view: Any) -> list[Reason]:
     return dtypes(view) + (_needs(INDEX_COPY, "index_copy") if view[SLOTS] else [])
 
 
-def hds_query(view: Any) -> list[Reason]:
-    return dtypes(view) + _needs(ATTENTION, "scaled_dot_product_attention")
-
-
 def attention(view: Any) -> list[Reason]:
-    reasons = dtypes(view) + _needs(ATTENTION, "scaled_dot_product_attention")
-    if view[CAUSAL] and view.dtype in HALF:
-        reasons.append(
-            Reason(
-                "causal-half", f"torch's causal attention lets {view.dtype} queries see later keys here",
-                param="is_causal", found=view.dtype, required="float32",
-                hint="pass the causal mask as attn_mask, or cast to float32",
-            )
-        )  # fmt: skip
-    return reasons
+    return dtypes(view) + _needs(ATTENTION, "scaled_dot_product_attention")

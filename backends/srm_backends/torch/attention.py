@@ -43,7 +43,7 @@ def attend(
             dead = (attn_mask == -torch.inf).all(-1, keepdim=True)
             attn_mask = torch.where(dead, 0.0, attn_mask)
         attn_mask = attn_mask.expand(*shape[:3], slots)
-    fused = query.device.type != "cpu" or _are_finite(query, key)
+    fused = scale != 0 and (query.device.type != "cpu" or _are_finite(query, key))
     out = (scaled_dot_product_attention if fused else _composed)(
         query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -58,7 +58,8 @@ def _composed(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, _: float, is_causal: bool, *, scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
-    """The same in single operations: on a CPU torch's fused kernel gives 0 where a score is NaN."""
+    """The same in single operations: torch's fused kernels give 0 where a score is NaN (on a CPU), and gradients of 0
+    where the scale is 0, also of what is infinite."""
     compute = compute_dtype(query.dtype)
     q, k, v = (a.to(compute) for a in (query, key, value))
     if enable_gqa:

@@ -88,13 +88,20 @@ def _trained(
     x: Tensor, weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None, g: Any,
     eps: float, activation: str | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    c = conv2d(x, _as(x, weight.to(x.dtype)), None if bias is None else bias.to(x.dtype), *g)
     compute = compute_dtype(x.dtype)
     scale, shift = (None if p is None else p.to(compute) for p in (bn_weight, bn_bias))
-    if c.numel() // c.shape[1] > 1 and compute is torch.float32:
-        y, mean, var = BatchNorm.apply(c, scale, shift, eps)
-    else:  # one pixel has no unbiased variance, which torch gives; and its sums are one after the other, in float64
-        y, mean, var = _composed(c, scale, shift, eps)
+    weight, rounded = _as(x, weight.to(x.dtype)), None if bias is None else bias.to(x.dtype)
+    if compute is torch.float64:
+        # torch's fused sums run one after the other, from the bias on; in float32 they are float64 inside.
+        c = conv2d(x, weight, None, *g)
+        y, mean, var = _composed(c if rounded is None else c + rounded[:, None, None], scale, shift, eps)
+    else:
+        c = conv2d(x, weight, rounded, *g)
+        # One pixel has no unbiased variance, which is what torch gives.
+        several = c.numel() // c.shape[1] > 1
+        y, mean, var = BatchNorm.apply(c, scale, shift, eps) if several else _composed(c, scale, shift, eps)
+    if bias is not None and bias.dtype is not x.dtype:
+        mean = mean + (bias - rounded)  # type: ignore[operator]  # y and the variance do not see a shift
     return _as(x, _activated(y, activation)), mean, var
 
 

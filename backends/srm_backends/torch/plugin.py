@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from srm_core.hookspecs import hookimpl
 from srm_core.spec import BackendInfo, Kernel
 
@@ -28,6 +30,20 @@ KERNELS = (
     _kernel("conv_bn", "conv_bn:forward"),
     _kernel("conv_bn_train", "conv_bn:forward_train"),
 )
+
+
+SUMS = "torch adds in another order than the rounding model: one product after the other"
+
+
+@hookimpl
+def srm_conformance_profile(backend: str) -> Any:
+    from srm_conformance.profile import Looser, Profile
+
+    if backend != "torch":
+        return None
+    return Profile(
+        looser={"mdi_recurrence": Looser(1.5, SUMS), "conv_bn": Looser(2, SUMS), "conv_bn_train": Looser(2, SUMS)}
+    )
 
 
 @hookimpl

@@ -8,6 +8,7 @@ import numpy as np
 
 from srm_core.ops.common import Array, Rounding, exact
 from srm_core.ops.conv_bn.convolution import (
+    CONVOLUTION,
     CONVOLUTION_GRADIENT,
     FOLDED,
     by_channel,
@@ -48,7 +49,8 @@ def vjp(
 
     dx = conv^T(dz, scale * weight); dweight = (scale * dz) against x; dbias = scale * sum(dz); dbn_bias = sum(dz);
     dbn_weight = sum(dz * (conv(x, weight) + bias - running_mean)) / sqrt(running_var + eps), where the first part,
-    sum(dz * conv(x, weight)), is the sum of dz against x times the weight over each kernel.
+    sum(dz * conv(x, weight)), is the sum of dz against x times the weight over each kernel. A backward may have the
+    convolution itself instead, as it was stored.
     """
     g = geometry(stride, padding, dilation, groups)
     x, w, grad = x.astype(compute), weight.astype(compute), grads[0].astype(compute)
@@ -60,6 +62,9 @@ def vjp(
     d_convolution = rounding(CONVOLUTION_GRADIENT, grad * by_channel(scale))
     d_shift = grad.sum((0, 2, 3))
     d_scale = (weight_gradient(rounding, grad, x, w, g) * w).sum((1, 2, 3)) + d_shift * offset
+    if rounding is not exact:
+        c = convolve(rounding, x, w, g)
+        d_scale += (grad * (rounding(CONVOLUTION, c) - c)).sum((0, 2, 3))
     return (
         input_gradient(rounding, grad, folded, x.shape[2:], g),
         weight_gradient(rounding, d_convolution, x, w, g),
