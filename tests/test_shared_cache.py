@@ -59,9 +59,9 @@ def texts(rows: int):
     return torch.from_numpy(np.random.default_rng(0).integers(0, 11, (rows, TURNS)))
 
 
-def decode(cache: SharedCache, row: int) -> None:
-    """Read one text into one row, and count every turn."""
-    model, ids = mixer(), texts(THREADS + PROCESSES)
+def decode(cache: SharedCache, row: int, model: RecurrentMLPMixer | None = None) -> None:
+    """Read one text into one row, and count every turn. A process makes the model anew, threads share one."""
+    model, ids = model or mixer(), texts(THREADS + PROCESSES)
     rows = cache.rows([row])
     with torch.no_grad():
         for t in range(TURNS):
@@ -76,10 +76,11 @@ def decode(cache: SharedCache, row: int) -> None:
 def test_threads_and_processes_lose_nothing(method):
     """8 threads and 4 processes, a row each, and a counter under the lock."""
     workers = THREADS + PROCESSES
-    with mixer().shared_cache(workers + 1, lock=True) as cache:  # the last row is the counter's
+    model = mixer()
+    with model.shared_cache(workers + 1, lock=True) as cache:  # the last row is the counter's
         context = multiprocessing.get_context(method)
         processes = [context.Process(target=decode, args=(cache, THREADS + i)) for i in range(PROCESSES)]
-        threads = [threading.Thread(target=decode, args=(cache, i)) for i in range(THREADS)]
+        threads = [threading.Thread(target=decode, args=(cache, i, model)) for i in range(THREADS)]
         for worker in processes + threads:
             worker.start()
         for worker in processes + threads:
@@ -88,7 +89,7 @@ def test_threads_and_processes_lose_nothing(method):
         assert cache.layers[-1][-1, 0, 0].item() == workers * TURNS
         assert cache.positions.tolist() == [TURNS] * workers + [0]
         with torch.no_grad():
-            _, expected = mixer().prefill(texts(workers))
+            _, expected = model.prefill(texts(workers))
         for layer, whole in zip(cache.layers, expected.layers, strict=True):
             torch.testing.assert_close(layer[:-1], whole, rtol=0, atol=1e-12)
         name = cache.name
@@ -222,10 +223,10 @@ def test_a_child_that_attaches_leaves_the_owners_entry(method):
 
 
 def test_leaves_nothing_when_an_exception_flies():
-    with pytest.raises(RuntimeError, match="flies"), SharedCache([(3, 2, 2)], lock=True) as cache:
-        name = cache.name
-        with cache.lock():
-            raise RuntimeError("flies")
+    cache = SharedCache([(3, 2, 2)], lock=True)
+    name = cache.name
+    with pytest.raises(RuntimeError, match="flies"), cache, cache.lock():
+        raise RuntimeError("flies")
     assert not exists(name)
     cache = SharedCache([(3, 2, 2)])
     name = cache.name
@@ -242,7 +243,8 @@ def test_leaves_nothing_when_an_exception_flies():
 def test_leaves_nothing_when_the_owner_is_killed():
     run = python(
         "import os, signal\nfrom srm_core.nn import SharedCache\n"
-        "cache = SharedCache([(3, 2, 2)], lock=True)\nprint(cache.name, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)",
+        "cache = SharedCache([(3, 2, 2)], lock=True)\n"
+        "print(cache.name, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)",
         fails=True,
     )
     assert run.returncode == -signal.SIGKILL
@@ -321,10 +323,10 @@ def test_can_be_sent():
 
 
 def test_refuses():
-    with pytest.raises(ContractError, match="no shared memory called 'srm_none'.*create it first"):
+    with pytest.raises(ContractError, match=r"no shared memory called 'srm_none'.*create it first"):
         SharedCache.attach("srm_none")
     with SharedCache([(2, 1, 1)], name="srm_test_taken") as cache:
-        with pytest.raises(ContractError, match="'srm_test_taken', which is taken.*attach"):
+        with pytest.raises(ContractError, match=r"'srm_test_taken', which is taken.*attach"):
             SharedCache([(2, 1, 1)], name="srm_test_taken")
         with (
             pytest.raises(ContractError, match=r"lock: found a cache without one; required SharedCache\(...,"),
@@ -351,7 +353,7 @@ def test_refuses():
     for shapes in ([], [(2, 3)], [(2, 1, 1), (3, 1, 1)], [(2, -1, 1)]):
         with pytest.raises(ContractError, match="shapes: found"):
             SharedCache(shapes)
-    with pytest.raises(ContractError, match="dtype: found torch.float16"):
+    with pytest.raises(ContractError, match=r"dtype: found torch.float16"):
         SharedCache([(2, 1, 1)], torch.float16)
     for name in ("", "a/b", "x" * 300):
         with pytest.raises(ContractError, match="name: found"):

@@ -34,7 +34,9 @@ def run(weights: Path, out: Path, config: Path | None, check: bool, force: bool)
         raise CheckpointError(f"{out}: exists already; --force replaces it")
     if not out.parent.is_dir():
         raise CheckpointError(f"{out}: the folder {out.parent} does not exist")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # Elsewhere than on a terminal, a progress bar would end with an empty line.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=3 + (2 * WINDOWS if check else 0))
         checkpoint = _load(weights)
         progress.advance(task)

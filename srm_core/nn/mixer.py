@@ -255,7 +255,9 @@ class RecurrentMLPMixer(nn.Module):
             raise ContractError(NAME, "ids", "empty prompts", "at least one token each")
         last, most = self._lengths(lengths, *ids.shape)
         if last is not None and last.device.type == "cpu" and (last < 1).any():
-            raise ContractError(NAME, "lengths", f"{last.tolist()}"[:60], f"at least 1 each, and at most {ids.shape[1]}")
+            raise ContractError(
+                NAME, "lengths", f"{last.tolist()}"[:60], f"at least 1 each, and at most {ids.shape[1]}"
+            )
         self._check_room(most + max(0, count - 1))
         training, new = self.training, []
         self.eval()
