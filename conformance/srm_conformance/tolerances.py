@@ -121,8 +121,8 @@ class Judge:
         self, spec: OpSpec, args: Sequence[Any], options: Mapping[str, Any], precision: str = "ieee",
         looser: float = 1.0,
     ) -> None:  # fmt: skip
-        """args, options: as they were before the call. looser: what the multiples of the rounding model's error are
-        multiplied by, for a backend that needs more."""
+        """args, options: as they were before the call. looser: what all that is allowed is multiplied by, for a
+        backend that needs more."""
         self._call, self._looser = _Canonical(spec, args, options, precision), looser
         self._known: dict[Any, list[_Standard]] = {}
 
@@ -132,8 +132,7 @@ class Judge:
         mutates = [name for name, _ in checked.mutated()]
         names = [*checked.output_names(), *(f"{n} after the call" for n in mutates)]
         dtypes = [*checked.output_dtypes(), *(checked.dtypes[n] for n in mutates)]
-        k = FORWARD * self._looser
-        return self._judge(spec.reference, names, dtypes, k, [*outputs, *mutated], "forward")
+        return self._judge(spec.reference, names, dtypes, FORWARD, [*outputs, *mutated], "forward")
 
     def backward(self, grads: Sequence[Array], gradients: Sequence[Any]) -> list[Judgement]:
         """As `judge_vjp`."""
@@ -146,9 +145,8 @@ class Judge:
         def vjp(compute: Any, *args: Any, **options: Any) -> Any:
             return spec.vjp(compute, tuple(grads), *args, **options)  # type: ignore[misc]
 
-        k = BACKWARD * self._looser
         scale = max((float(np.abs(g[np.isfinite(g)]).max(initial=0)) for g in map(_wide, grads)), default=0.0)
-        return self._judge(vjp, names, dtypes, k, list(gradients), tuple(g.tobytes() for g in grads), scale)
+        return self._judge(vjp, names, dtypes, BACKWARD, list(gradients), tuple(g.tobytes() for g in grads), scale)
 
     def _judge(
         self, function: Callable[..., Any], names: list[str], dtypes: list[str], k: float, arrays: list[Any], key: Any,
@@ -160,7 +158,7 @@ class Judge:
             if standards is None:
                 standards = list(self._call.standards(function, names, dtypes, neighbours, scale))
                 self._known[key, neighbours] = standards
-            judgements = _judge(standards, arrays, k)
+            judgements = _judge(standards, arrays, k, self._looser)
             if all(j.ok for j in judgements) or any(j.ratio > APPEAL for j in judgements):
                 break
         return judgements
@@ -238,7 +236,7 @@ class _Standard:
     model_errors: tuple[float, ...]
     gradient: float | None = None  # of a gradient: the largest magnitude in the gradients of the outputs
 
-    def judge(self, got: Any, k: float, times: int = 1) -> list[Judgement]:
+    def judge(self, got: Any, k: float, times: float = 1) -> list[Judgement]:
         form, expected = _form(got), "None" if self.truth is None else f"{self.dtype} {np.shape(self.truth)}"
         if form != expected:
             return [Judgement(self.what, "form", np.inf, 0.0, "the specification", form, expected)]
@@ -259,7 +257,7 @@ class _Standard:
                 allowed, derived = k * of_model, f"{k:g} x {of_model:.3g} of the rounding model"
             else:
                 allowed, derived = LEAST * eps, f"{LEAST} eps of {self.dtype}"
-            derived = f"{times} x ({derived})" if times > 1 else derived
+            derived = f"{times:g} x ({derived})" if times > 1 else derived
             judgements.append(self._judgement(measure, worst, times * allowed, derived, got, rounded))  # type: ignore[arg-type]
         return judgements
 
@@ -399,13 +397,13 @@ def _reference_call(known: _Canonical, compute: Any, roundings: Roundings | None
     return call
 
 
-def _judge(standards: Sequence[_Standard], arrays: Sequence[Any], k: float) -> list[Judgement]:
+def _judge(standards: Sequence[_Standard], arrays: Sequence[Any], k: float, times: float) -> list[Judgement]:
     judgements: list[Judgement] = []
     count = 0
     for standard, got in zip_longest(standards, arrays):
         if standard is not None:
             count += 1
-            judgements += standard.judge(got, k)
+            judgements += standard.judge(got, k, times)
     if len(arrays) != count:
         derived, n = "the specification", str(len(arrays))
         judgements.append(Judgement("number of results", "form", np.inf, 0.0, derived, n, str(count)))

@@ -31,12 +31,12 @@ CHUNK = 1 << 16  # numbers that are passed over several times while the cache ho
 
 @quiet
 def forward(
-    ctx: LaunchContext, x: Array, weight: Array, bias: Array | None, running_mean: Array, running_var: Array,
-    bn_weight: Array | None = None, bn_bias: Array | None = None, *, stride: Any, padding: Any, dilation: Any,
-    groups: int, eps: float, activation: str | None,
+    ctx: LaunchContext, x: Array, weight: Array, bias: Array | None, running_mean: Array | None,
+    running_var: Array | None, bn_weight: Array | None = None, bn_bias: Array | None = None, *, stride: Any,
+    padding: Any, dilation: Any, groups: int, eps: float, activation: str | None,
 ) -> Array:  # fmt: skip
     g, compute = geometry(stride, padding, dilation, groups), compute_dtype(x.dtype)
-    rate, scale, offset = _folded(compute, bias, running_mean, running_var, bn_weight, eps)
+    rate, scale, offset = _folded(compute, len(weight), bias, running_mean, running_var, bn_weight, eps)
     shift = offset * scale if bn_bias is None else offset * scale + bn_bias.astype(compute)
     channels_last = is_channels_last(x)
     out, y = _allocate(ctx, x, weight, g)
@@ -57,7 +57,7 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Array) -> tuple[A
     """The gradient of the folded weight is that of the weight and of its scale: see the reference's vjp."""
     x, weight, bias, mean, var, bn_weight, bn_bias = residuals.args
     g, compute = _geometry(residuals), compute_dtype(x.dtype)
-    rate, scale, offset = _folded(compute, bias, mean, var, bn_weight, residuals.options["eps"])
+    rate, scale, offset = _folded(compute, len(weight), bias, mean, var, bn_weight, residuals.options["eps"])
     w, extent = weight.astype(compute), grad_y.shape[2:]
     grad = _pixels_last(grad_y, compute)  # (B, P*Q, O)
     if residuals.options["activation"] is not None:
@@ -207,13 +207,14 @@ def _chunks(flat: Array, channels_last: bool) -> Iterator[Array]:
 
 
 def _folded(
-    compute: Any, bias: Array | None, mean: Array, var: Array, bn_weight: Array | None, eps: float
-) -> tuple[Array, Array, Array]:
+    compute: Any, channels: int, bias: Array | None, mean: Array | None, var: Array | None, bn_weight: Array | None,
+    eps: float,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """(1 / sqrt(var + eps), that times bn_weight, bias - mean), each (O,)."""
-    rate = 1 / np.sqrt(var.astype(compute) + compute(eps))
+    rate = np.ones(channels, compute) if var is None else 1 / np.sqrt(var.astype(compute) + compute(eps))
     scale = rate if bn_weight is None else rate * bn_weight.astype(compute)
-    offset = -mean.astype(compute) if bias is None else bias.astype(compute) - mean.astype(compute)
-    return rate, scale, offset
+    offset = np.zeros(channels, compute) if bias is None else bias.astype(compute)
+    return rate, scale, offset if mean is None else offset - mean.astype(compute)
 
 
 def _geometry(residuals: Residuals) -> Geometry:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from srm_backends.torch.common import compute_dtype
+from srm_backends.torch.common import compute_dtype, nothing_of
 from srm_backends.torch.policy import under_policy
 from srm_core.context import LaunchContext
 
@@ -26,9 +26,7 @@ def attend(
     """out (B, H, T, E) of query (B, H, T, D), key (B, G, S, D), value (B, G, S, E)."""
     shape, slots = (*query.shape[:3], value.shape[3]), key.shape[2]
     if 0 in shape or not slots:
-        # Zeros that depend on every argument, which then has a gradient of zeros.
-        none = sum(a[..., :0].sum() for a in (query, key, value))
-        return (none.to(query.dtype).expand(shape).clone(),)
+        return (nothing_of(query, key, value).expand(shape).clone(),)
     if not query.shape[3]:  # every score is 0, or the mask's
         query, key = pad(query, (0, 1)), pad(key, (0, 1))
         scale = 1.0

@@ -30,6 +30,11 @@ def only(valid: Tensor | None, values: Tensor, beyond: float = 0.0) -> Tensor:
     return torch.where(valid.reshape(*valid.shape, *(1,) * (values.dim() - 2)), values, beyond)
 
 
+def nothing_of(*tensors: Tensor | None) -> Tensor:
+    """0, which depends on every tensor: what is made of it has gradients, of zeros."""
+    return torch.stack([t[..., :0].sum() for t in tensors if t is not None]).sum()
+
+
 def wants_gradient(*tensors: Any) -> bool:
     """Does autograd record what is done with one of them?"""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -35,7 +35,8 @@ def _normalised(
         y = conv2d(x, _as(x, weight.to(x.dtype)), None, *g)
         if scale is not None or shift is not None:
             like = y.new_zeros(y.shape[1], dtype=compute_dtype(x.dtype))
-            y = batch_norm(y, like, torch.ones_like(like), scale, shift, eps=0.0)
+            gamma, beta = (None if p is None else p.contiguous() for p in (scale, shift))  # as it reads them
+            y = batch_norm(y, like, torch.ones_like(like), gamma, beta, eps=0.0)
         return (_as(x, _activated(y, activation)),)
     if scale is not None:
         weight = weight.to(scale.dtype) * scale[:, None, None, None]
@@ -89,7 +90,8 @@ def _trained(
     eps: float, activation: str | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     compute = compute_dtype(x.dtype)
-    scale, shift = (None if p is None else p.to(compute) for p in (bn_weight, bn_bias))
+    # torch's fused batch norm reads a strided weight as if it were dense.
+    scale, shift = (None if p is None else p.to(compute).contiguous() for p in (bn_weight, bn_bias))
     weight, rounded = _as(x, weight.to(x.dtype)), None if bias is None else bias.to(x.dtype)
     if compute is torch.float64:
         # torch's fused sums run one after the other, from the bias on; in float32 they are float64 inside.
@@ -158,7 +160,7 @@ class BatchNorm(torch.autograd.Function):
         return d_c, d_weight if weight is not None else None, d_bias if bias is not None else None, None
 
 
-def _again(tensors: tuple[Any, ...], eps: float, grads: tuple[Any, ...]) -> list[Any]:
+def _again(tensors: Any, eps: float, grads: tuple[Any, ...]) -> list[Any]:
     """The gradients as something that can be differentiated."""
     ends = [(o, g) for o, g in zip(_composed(*tensors, eps), grads, strict=True) if g is not None]
     wanted = [t for t in tensors if t is not None and t.requires_grad]

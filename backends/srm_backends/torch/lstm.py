@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from srm_backends.torch.common import compute_dtype, only, state_dtype, valid_steps
+from srm_backends.torch.common import compute_dtype, nothing_of, only, state_dtype, valid_steps
 from srm_backends.torch.policy import under_policy
 from srm_core.context import LaunchContext
 
@@ -33,9 +33,8 @@ def _layer(
     x, w_ih, w_hh = only(valid, x.to(compute)), w_ih.to(compute), w_hh.to(compute)
     h, c = (x.new_zeros(batch, width) if s is None else s.to(compute) for s in (h0, c0))
     if not batch or not steps or not width:
-        # Zeros that depend on the arguments, which then have gradients of zeros.
-        none = sum(a[..., :0].sum() for a in (x, w_ih, w_hh, b_ih, b_hh) if a is not None)
-        return none.to(compute).expand(batch, steps, width).clone(), h + none, c + none
+        none = nothing_of(x, w_ih, w_hh, *(None if b is None else b.to(compute) for b in (b_ih, b_hh)))
+        return none.expand(batch, steps, width).clone(), h + none, c + none
     biases = [w_ih.new_zeros(len(w_ih)) if b is None else b.to(compute) for b in (b_ih, b_hh)]
     weights = [w_ih, w_hh, *([] if b_ih is None and b_hh is None else biases)]
     if x.is_cuda:  # cuDNN wants them in one piece of memory
@@ -43,7 +42,7 @@ def _layer(
         weights = [p.view(w.shape) for p, w in zip(flat.split([w.numel() for w in weights]), weights, strict=True)]
     train = torch.is_grad_enabled()
     if lengths is None:
-        y, h, c = torch._VF.lstm(x, (h[None], c[None]), weights, len(weights) > 2, 1, 0.0, train, False, True)  # type: ignore[attr-defined]
+        y, h, c = torch._VF.lstm(x, (h[None], c[None]), weights, len(weights) > 2, 1, 0.0, train, False, True)
         return y, h[0], c[0]
     return _packed(x, h, c, weights, lengths, train)
 
@@ -55,12 +54,12 @@ def _packed(
     counts = lengths.cpu()
     some = counts.nonzero().squeeze(1)
     if len(some) == 0:
-        none = sum(a[..., :0].sum() for a in (x, *weights))
+        none = nothing_of(x, *weights)
         return none.expand(*x.shape[:2], h0.shape[1]).clone(), h0 + none, c0 + none
     rows, steps = some.to(x.device), x.shape[1]
     packed = pack_padded_sequence(x[rows], counts[some], batch_first=True, enforce_sorted=False)
     order, back = rows[packed.sorted_indices], packed.unsorted_indices
-    data, h, c = torch._VF.lstm(  # type: ignore[attr-defined]
+    data, h, c = torch._VF.lstm(
         packed.data, packed.batch_sizes, (h0[order][None], c0[order][None]), weights, len(weights) > 2, 1, 0.0, train,
         False,
     )  # fmt: skip

@@ -23,7 +23,7 @@ def forward(
     compute = compute_dtype(z.dtype)
     valid = valid_steps(lengths, z.shape[1])
     given = (only(valid, z.to(compute)), only(valid, gamma.to(compute)), h0, w_gate, b_gate, w_mdi, b_mdi)
-    arguments = tuple(a.to(compute) for a in given)
+    arguments: tuple[Any, ...] = tuple(a.to(compute) for a in given)
     if wants_gradient(*arguments):
         h, last = Loop.apply(ctx, *arguments, valid, float(mix))
     else:
@@ -106,6 +106,7 @@ class Loop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
+        arguments: Any
         *arguments, states, valid = ctx.saved_tensors
         with held(ctx.launch, states):
             if torch.is_grad_enabled():

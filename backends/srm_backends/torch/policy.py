@@ -42,10 +42,11 @@ def _switches() -> list[tuple[Any, str, tuple[Any, Any]]]:
 
     From torch 2.9 on a switch is a precision by name; reading the older form of one that was set by the newer raises.
     """
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    cuda: Any = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
+    host: Any = torch.backends.mkldnn
     if hasattr(cuda.matmul, "fp32_precision"):
         devices = [(o, "fp32_precision", ("ieee", "tf32")) for o in (cuda.matmul, cudnn.conv, cudnn.rnn)]
-        host = torch.backends.mkldnn
         return [*devices, *((o, "fp32_precision", ("ieee", "ieee")) for o in (host.matmul, host.conv, host.rnn))]
     return [(cuda.matmul, "allow_tf32", (False, True)), (cudnn, "allow_tf32", (False, True))]
 

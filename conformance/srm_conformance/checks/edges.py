@@ -47,7 +47,7 @@ def edges(target: Target) -> Iterator[Item]:
                         array.flat[array.size // 2] = ODD[word]
                     # The spacing of tiny numbers is wide: a sum in another order is off by more of them.
                     looser = max(LOOSER if word == "tiny" else 1.0, target.looser)
-                    key = (target.spec.name, case.name, dtype, p.name, word, looser)
+                    key = (target.spec.name, case.name, dtype, p.name, word, str(looser))
                     judge = remembered(key, lambda: Judge(target.spec, *values, looser=looser))
                     check_forward(target, values, judge, report)
                     if target.spec.vjp is not None and target.kernel.pulls_back:

@@ -22,7 +22,8 @@ def conv_bn(
     x: images, (B, I, H, W). If they are dense in channels-last order, so is y; that order is the fast one.
     weight: (O, J, R, S) with J = I / groups; a parameter: of x's dtype, or float32 beside half x. So are all others.
     bias: (O,), or None for 0.
-    running_mean, running_var: (O,); they have no gradients.
+    running_mean, running_var: (O,); they have no gradients. None for both: what comes out of the convolution is
+        normalised already, as with a weight and a bias that a module keeps folded; eps is not used.
     bn_weight, bn_bias: (O,), or None for 1 and 0.
     stride, padding, dilation: an integer, or a pair along H and W; padding is with zeros, at each side.
     groups: must divide I and O; output channels o // (O / groups) see the input channels of that group alone.

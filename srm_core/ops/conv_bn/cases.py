@@ -11,7 +11,11 @@ from srm_core.ops.common import normal, uniform
 from srm_core.ops.conv_bn import samples
 from srm_core.spec import Case, ErrorSample
 
-CASES = samples.CASES
+CASES = (
+    *samples.CASES,
+    samples.case("folded", (2, 3, 6, 20), (4, 3, 3), padding=1, folded=True, bn_weight=False, bn_bias=False),
+    samples.case("folded_but_scaled", (2, 4, 6, 12), (6, 3, 3), groups=2, folded=True, channels_last=True),
+)
 
 
 def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -25,7 +29,8 @@ def sample(case: Case, dtype: str, seed: int = 0) -> tuple[tuple[Any, ...], dict
         middles = samples.away_from_values(samples.convolved(case, given), dtype)
         rate = (1 if bn_weight is None else bn_weight.astype("float64")) / np.sqrt(var.astype("float64"))
         mean = (middles + (0 if bn_bias is None else bn_bias.astype("float64") / rate)).astype(wide)
-    return (given["x"], given["weight"], given["bias"], mean, var, bn_weight, bn_bias), samples.options(case)
+    statistics = (None, None) if case.settings.get("folded") else (mean, var)
+    return (given["x"], given["weight"], given["bias"], *statistics, bn_weight, bn_bias), samples.options(case)
 
 
 def flops(case: Case) -> int:
@@ -49,7 +54,7 @@ ERROR_SAMPLES = (
     *samples.error_samples(_arguments),
     ErrorSample(
         "running_mean missing", "running_mean",
-        lambda: (_arguments(np.ones((2, 4, 5, 6)), np.ones((6, 4, 3, 3)), running_mean=None), {}),
+        lambda: (_arguments(np.ones((2, 4, 5, 6), "f4"), np.ones((6, 4, 3, 3), "f4"), running_mean=None), {}),
     ),
     ErrorSample(
         "running_var of one channel", "running_var",
@@ -91,6 +96,8 @@ def groups_are_apart(call: Any, args: tuple[Any, ...], options: dict[str, Any]) 
 def mean_shifts_with_bias(call: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """The bias and the running mean may both be one larger."""
     x, weight, bias, mean, *rest = args
+    if mean is None:
+        return
     one = mean.dtype.type(1)
     shifted = np.ones_like(mean) if bias is None else bias + one
     yield "y", call(x, weight, shifted, mean + one, *rest, **options), call(*args, **options)

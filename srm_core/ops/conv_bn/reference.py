@@ -22,26 +22,27 @@ from srm_core.ops.conv_bn.convolution import (
 
 
 def reference(
-    compute: Any, x: Array, weight: Array, bias: Array | None, running_mean: Array, running_var: Array,
+    compute: Any, x: Array, weight: Array, bias: Array | None, running_mean: Array | None, running_var: Array | None,
     bn_weight: Array | None = None, bn_bias: Array | None = None, *, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1, eps: float = 1e-5, activation: str | None = None, rounding: Rounding = exact,
 ) -> tuple[Array]:  # fmt: skip
     """y = act((conv(x, weight) + bias - running_mean) / sqrt(running_var + eps) * bn_weight + bn_bias),
 
     computed as act(conv(x, scale * weight) + shift), with scale = bn_weight / sqrt(running_var + eps) and
-    shift = (bias - running_mean) * scale + bn_bias. (S. Ioffe and C. Szegedy, "Batch normalization: accelerating
-    deep network training by reducing internal covariate shift", 2015, algorithm 2.)
+    shift = (bias - running_mean) * scale + bn_bias; without statistics, running_mean is 0 and the root 1. (S. Ioffe
+    and C. Szegedy, "Batch normalization: accelerating deep network training by reducing internal covariate shift",
+    2015, algorithm 2.)
     """
     w = weight.astype(compute)
-    scale, _, offset, beta = _vectors(compute, bias, running_mean, running_var, bn_weight, bn_bias, eps)
+    scale, _, offset, beta = _vectors(compute, len(weight), bias, running_mean, running_var, bn_weight, bn_bias, eps)
     folded = rounding(FOLDED, w * scale[:, None, None, None])
     z = convolve(rounding, x.astype(compute), folded, geometry(stride, padding, dilation, groups))
     return (rectified(z + by_channel(offset * scale + beta), activation),)
 
 
 def vjp(
-    compute: Any, grads: tuple[Array], x: Array, weight: Array, bias: Array | None, running_mean: Array,
-    running_var: Array, bn_weight: Array | None = None, bn_bias: Array | None = None, *, stride: Any = 1,
+    compute: Any, grads: tuple[Array], x: Array, weight: Array, bias: Array | None, running_mean: Array | None,
+    running_var: Array | None, bn_weight: Array | None = None, bn_bias: Array | None = None, *, stride: Any = 1,
     padding: Any = 0, dilation: Any = 1, groups: int = 1, eps: float = 1e-5, activation: str | None = None,
     rounding: Rounding = exact,
 ) -> tuple[Array | None, ...]:  # fmt: skip
@@ -54,7 +55,7 @@ def vjp(
     """
     g = geometry(stride, padding, dilation, groups)
     x, w, grad = x.astype(compute), weight.astype(compute), grads[0].astype(compute)
-    scale, rate, offset, beta = _vectors(compute, bias, running_mean, running_var, bn_weight, bn_bias, eps)
+    scale, rate, offset, beta = _vectors(compute, len(weight), bias, running_mean, running_var, bn_weight, bn_bias, eps)
     folded = rounding(FOLDED, w * scale[:, None, None, None])
     if activation is not None:
         z = convolve(rounding, x, folded, g) + by_channel(offset * scale + beta)
@@ -75,11 +76,12 @@ def vjp(
 
 
 def _vectors(
-    compute: Any, bias: Array | None, mean: Array, var: Array, bn_weight: Array | None, bn_bias: Array | None,
-    eps: float,
+    compute: Any, channels: int, bias: Array | None, mean: Array | None, var: Array | None, bn_weight: Array | None,
+    bn_bias: Array | None, eps: float,
 ) -> tuple[Array, ...]:  # fmt: skip
     """(scale, 1 / sqrt(running_var + eps), bias - running_mean, bn_bias), each (O,)."""
-    rate = 1 / np.sqrt(var.astype(compute) + compute(eps))
+    one, zero = np.ones(channels, compute), np.zeros(channels, compute)
+    rate = one if var is None else 1 / np.sqrt(var.astype(compute) + compute(eps))
     scale = rate if bn_weight is None else bn_weight.astype(compute) * rate
-    offset = -mean.astype(compute) if bias is None else bias.astype(compute) - mean.astype(compute)
+    offset = (zero if bias is None else bias.astype(compute)) - (zero if mean is None else mean.astype(compute))
     return scale, rate, offset, np.zeros_like(rate) if bn_bias is None else bn_bias.astype(compute)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from srm_core.ops.common import TF32
 from srm_core.ops.conv_bn import cases
 from srm_core.ops.conv_bn.convolution import (
@@ -20,6 +22,14 @@ from srm_core.ops.conv_bn.convolution import (
 from srm_core.ops.conv_bn.reference import reference, vjp
 from srm_core.spec import Invariant, OpSpec, OutputSpec, ResidualSpec
 
+
+def _constrain(call: Any) -> None:
+    for one, other in (("running_mean", "running_var"), ("running_var", "running_mean")):
+        if call.values[one] is None and call.values[other] is not None:
+            raise call.error(one, f"None beside a {other}", "both, or neither", "None for both: already normalised")
+    constrain(call)
+
+
 SPEC = OpSpec(
     name="conv_bn",
     version=1,
@@ -28,8 +38,10 @@ SPEC = OpSpec(
         IMAGE,
         WEIGHT,
         BIAS,
-        vector("running_mean", "the mean to normalise by", optional=False, differentiable=False),
-        vector("running_var", "the variance to normalise by", optional=False, differentiable=False),
+        vector(
+            "running_mean", "the mean to normalise by; None, with running_var: already normalised", differentiable=False
+        ),
+        vector("running_var", "the variance to normalise by", differentiable=False),
         BN_WEIGHT,
         BN_BIAS,
         *OPTIONS,
@@ -38,7 +50,7 @@ SPEC = OpSpec(
     shape_order=("x", "weight"),
     reference=reference,
     vjp=vjp,
-    constrain=constrain,
+    constrain=_constrain,
     residuals=(ResidualSpec("y", "B O P Q"),),
     permitted_roundings=(FOLDED, CONVOLUTION, CONVOLUTION_GRADIENT, TF32),
     cases=cases.CASES,
