@@ -67,7 +67,7 @@ SPEC = OpSpec(
         TensorSpec("levels", ("B * D",), many=True),
         OptionSpec("times", check_count(1), default=2, keyword=True),
     ),
-    outputs=(OutputSpec("levels", "B * D", many=lambda values: len(values["levels"])),),
+    outputs=(OutputSpec("levels", "B * D", many=lambda values: [level.shape for level in values["levels"]]),),
 )  # fmt: skip
 
 

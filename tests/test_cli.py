@@ -62,7 +62,7 @@ def test_backend_by_argument_and_environment():
 
 
 def test_unknown_backend():
-    known = "known: auto, numpy, reference; did you mean 'numpy'?"
+    known = "known: auto, mps, numpy, reference, torch; did you mean 'numpy'?"
     refused(srm("generate", SRM_BACKEND="nunpy"), "SRM_BACKEND=nunpy: no backend is called 'nunpy'", known)
     refused(srm("generate", "--backend", "nunpy"), "no backend is called 'nunpy'", known)
     refused(srm("backends", SRM_BACKEND_SCNA="numpy"), "no operator is called 'scna'", "did you mean 'scan'?")
@@ -184,7 +184,7 @@ def test_backends():
     for word in ("scan", "recurrent_mix", "numpy", "reference", "forward+backward", "so it has no gradient"):
         assert word in run.stdout
     table = json.loads(srm("backends", "--json").stdout)
-    assert {b["name"] for b in table["backends"]} == {"numpy", "reference"}
+    assert {b["name"] for b in table["backends"]} == {"mps", "numpy", "reference", "torch"}
     assert {c["op"] for c in table["operators"]} == set(SPECS)
 
 

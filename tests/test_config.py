@@ -101,7 +101,7 @@ def test_unknown_backend(environ: Any, arrays: Any, say: Any, source: str) -> No
         say(environ, arrays, "numpi")
     message = str(caught.value)
     assert message.startswith(f"{source}: no backend is called 'numpi'")
-    assert "known: auto, numpy, reference" in message
+    assert "known: auto, mps, numpy, reference, torch" in message
     assert "did you mean 'numpy'?" in message
 
 

@@ -368,7 +368,7 @@ def test_the_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert mdi["dtypes"]["float32"]["worst"] == 0.25
     assert certificates.verdict(entry, "cpu") == f"passed (1 of 1 checks, {body['created'][:10]})"
     assert certificates.verdict(registry().kernels["scan"]["numpy"], "cpu") == "not checked"
-    (candidate, _) = srm_core.explain("mdi", *(np.ones(2),) * 4).candidates
+    candidate, *_ = srm_core.explain("mdi", *(np.ones(2),) * 4).candidates
     assert candidate.conformance.startswith("passed")
     path.write_text(path.read_text().replace('"passed": 1', '"passed": 2'))
     with pytest.raises(srm_core.ConfigError, match="does not fit its digest"):

@@ -35,8 +35,12 @@ def torch_of(op: str, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[l
     given = dict(zip(names, leaves, strict=True))
     c = torch.nn.functional.conv2d(given["x"], given["weight"], given["bias"], **geometry)
     if op == "conv_bn":
-        mean, var = given["running_mean"], given["running_var"]
-        y = torch.nn.functional.batch_norm(c, mean, var, given["bn_weight"], given["bn_bias"], eps=options["eps"])
+        mean, var, eps = given["running_mean"], given["running_var"], options["eps"]
+        if mean is None:  # what torch has no word for: normalised already
+            mean, var, eps = torch.zeros_like(c[0, :, 0, 0]), torch.ones_like(c[0, :, 0, 0]), 0.0
+        y = torch.nn.functional.batch_norm(
+            c, mean.detach(), var.detach(), given["bn_weight"], given["bn_bias"], eps=eps
+        )
         outputs: tuple[Any, ...] = ()
     else:
         y = torch.nn.functional.batch_norm(

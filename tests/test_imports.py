@@ -47,7 +47,7 @@ def test_listing_loads_no_kernel(run_python: Any) -> None:
         print(json.dumps([listed, names()]))
     """
     listed, called = json.loads(run_python(source))
-    assert listed == ["srm_backends.numpy.plugin", "srm_backends.reference.plugin"]
+    assert listed == [f"srm_backends.{b}.plugin" for b in ("mps", "numpy", "reference", "torch")]
     assert "srm_backends.numpy.scan" in called
     assert "srm_backends.numpy.recurrent_mix" not in called
     assert "srm_backends.reference.kernels" not in called

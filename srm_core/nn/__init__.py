@@ -15,18 +15,6 @@ _MODULES = {
     ),
     "mixer": ("MixerBlock", "RecurrentMLPMixer"),
     "shared_cache": ("SharedCache",),
-    "mmrec": (
-        "MemoryBank", "MemoryState", "MemoryDecayIntegration", "HierarchicalDataStructure", "MultiMemoryAttention",
-        "MMRecBlock",
-    ),
-    "attention": ("Attention",),
-    "lstm": ("LSTM",),
-    "conv_bn": ("ConvBN2d",),
-    "neural_components": (
-        "TritonAttention", "TritonLSTM", "TritonConvBN", "create_triton_attention", "create_triton_lstm",
-        "create_triton_conv_bn", "benchmark_neural_components",
-    ),
-    "patching": ("patch",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -162,7 +162,8 @@ class BatchNorm(torch.autograd.Function):
 
 def _again(tensors: Any, eps: float, grads: tuple[Any, ...]) -> list[Any]:
     """The gradients as something that can be differentiated."""
-    ends = [(o, g) for o, g in zip(_composed(*tensors, eps), grads, strict=True) if g is not None]
+    c, weight, bias = tensors
+    ends = [(o, g) for o, g in zip(_composed(c, weight, bias, eps), grads, strict=True) if g is not None]
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     found = iter(
         torch.autograd.grad([o for o, _ in ends], wanted, [g for _, g in ends], create_graph=True, allow_unused=True)

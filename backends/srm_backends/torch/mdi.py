@@ -59,14 +59,18 @@ class Integration(torch.autograd.Function):
         compute = compute_dtype(z.dtype)
         a, state, g = grad_new.to(compute), h.to(compute), gate_logits.to(compute).sigmoid()
         product, (decay, modulation) = _decay(decay_logits, modulation_logits, compute)
-        clamped = (product < ctx.eps) | (product > 1 - ctx.eps)
-        gamma = product.clamp(ctx.eps, 1 - ctx.eps)
-        e = torch.where(clamped, 0.0, torch.addcmul(grad_gamma.to(compute), a, state)) * product
-        return (
-            (a * g).to(z.dtype),
-            (a * (1 - g + gamma)).to(h.dtype),
-            (a * (z.to(compute) - state) * g * (1 - g)).to(gate_logits.dtype),
-            (e * (1 - decay)).to(decay_logits.dtype),
-            None if modulation is None else (e * (1 - modulation)).to(modulation_logits.dtype),
-            None,
-        )
+        grads: list[Any] = [None] * 6
+        if ctx.needs_input_grad[0]:
+            grads[0] = (a * g).to(z.dtype)
+        if ctx.needs_input_grad[1]:
+            grads[1] = (a * (1 - g + product.clamp(ctx.eps, 1 - ctx.eps))).to(h.dtype)
+        if ctx.needs_input_grad[2]:
+            grads[2] = (a * (z.to(compute) - state) * g * (1 - g)).to(gate_logits.dtype)
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            clamped = (product < ctx.eps) | (product > 1 - ctx.eps)
+            e = torch.where(clamped, 0.0, torch.addcmul(grad_gamma.to(compute), a, state)) * product
+            if ctx.needs_input_grad[3]:
+                grads[3] = (e * (1 - decay)).to(decay_logits.dtype)
+            if modulation is not None and ctx.needs_input_grad[4]:
+                grads[4] = (e * (1 - modulation)).to(modulation_logits.dtype)
+        return tuple(grads)

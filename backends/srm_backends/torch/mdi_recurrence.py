@@ -106,8 +106,8 @@ class Loop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
-        arguments: Any
-        *arguments, states, valid = ctx.saved_tensors
+        saved: Any = ctx.saved_tensors
+        arguments, states, valid = saved[:-2], saved[-2], saved[-1]
         with held(ctx.launch, states):
             if torch.is_grad_enabled():
                 found = _again(arguments, valid, ctx.mix, (grad_y, grad_last))
@@ -152,7 +152,7 @@ def _pull(
     )  # fmt: skip
 
 
-def _again(arguments: list[Tensor], valid: Any, mix: float, grads: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+def _again(arguments: tuple[Tensor, ...], valid: Any, mix: float, grads: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
     """The gradients as something that can be differentiated: of the formula, step by step."""
     z, gamma, h, w_gate, b_gate, w_mdi, b_mdi = arguments
     states = []

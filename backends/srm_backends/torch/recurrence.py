@@ -100,11 +100,7 @@ def _run(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, rever
         if out.numel() == 0:
             return state.clone()
         steps, row = out.shape[1], out.shape[0] * out.shape[2]
-        if (
-            steps < SHORT
-            or (out.device.type == "cpu" and row > ROW)
-            or not _blocked(gates, tokens, state, out, reverse)
-        ):
+        if steps < SHORT or (_on_host(out) and row > ROW) or not _blocked(gates, tokens, state, out, reverse):
             return _serial(gates, tokens, state, out, reverse).clone()
         return out[:, 0 if reverse else -1].clone()
 
@@ -164,10 +160,10 @@ def _blocked(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, r
         end += terms[0]
         for factor, term in zip(factors[1:], terms[1:], strict=True):
             end.mul_(factor).add_(term)
-    if out.device.type == "cpu" and not _is_safe(product, end, out.dtype):
+    if not _on_host(out):
+        product = _bounded(product, g, x)
+    elif not _is_safe(product, end, out.dtype):
         return False
-    # Where a product overflows, a state of 0 has no part in it and any other is beyond float32 anyway.
-    product.clamp_(-torch.finfo(wide).max, torch.finfo(wide).max)
 
     between = product.new_empty(out.shape[0], count, out.shape[2])  # the state before each block
     first, others, done = (-1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))
@@ -180,6 +176,22 @@ def _blocked(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, r
         later = gates if constant else gates[:, rest]
         _serial(later, None if tokens is None else tokens[:, rest], middle, out[:, rest], reverse)
     return True
+
+
+def _on_host(out: Tensor) -> bool:
+    """May one look at values without waiting for a device?"""
+    return out.device.type == "cpu"
+
+
+def _bounded(product: Tensor, gates: Tensor, tokens: Tensor | None) -> Tensor:
+    """Where a product overflows, a state of 0 has no part in it and any other is beyond float32 anyway.
+
+    Where a gate is infinite, so is the product: that gate makes a state of 0 NaN. The ends show it already, but
+    for the gate of a block's first step, or without tokens.
+    """
+    largest = gates[:, :, 0] if tokens is not None else torch.linalg.vector_norm(gates, torch.inf, 2)
+    limit = torch.finfo(product.dtype).max
+    return torch.where(largest.isinf(), product, product.clamp(-limit, limit))
 
 
 def _is_safe(product: Tensor, end: Tensor, dtype: torch.dtype) -> bool:

@@ -39,7 +39,9 @@ def at_positions(parameter: Tensor, positions: Any) -> Tensor:
         return parameter[:, positions]
     last = parameter.shape[1] - 1
     inside = (positions >= 0) & (positions <= last)
-    taken = parameter.T[positions.clamp(0, max(last, 0))]
+    if last < 0:  # there is nothing to take; one column in its place, which nobody sees
+        parameter, last = torch.nn.functional.pad(parameter, (0, 1)), 0
+    taken = parameter.T[positions.clamp(0, last)]
     return torch.where(inside[..., None], taken, torch.nan)
 
 
