@@ -11,3 +11,7 @@ class TestNumPy(Conformance):
 
 class TestReference(Conformance):
     backend = "reference"
+
+
+class TestTorch(Conformance):
+    backend = "torch"

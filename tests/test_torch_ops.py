@@ -97,7 +97,7 @@ def test_opcheck(spec: OpSpec, backend: str) -> None:
         args, options = sample(spec, "float32", case)
         values = [*spec.bind(args, options)[0], *spec.bind(args, options)[1].values()]
         calls: list[Any] = []
-        torch_ops.written.outward(spec, lambda *a, into=calls: into.append(a))(backend, *values)
+        torch_ops.outward(spec, lambda *a, into=calls: into.append(a))(backend, *values)
         torch.library.opcheck(torch_ops.define(spec).overload, calls[0])
 
 

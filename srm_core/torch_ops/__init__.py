@@ -16,7 +16,9 @@ from srm_core.ops import SPECS
 from srm_core.spec import OpSpec
 from srm_core.torch_ops.library import LibraryOperator
 from srm_core.torch_ops.transforms import has_transforms
-from srm_core.torch_ops.written import through
+from srm_core.torch_ops.written import outward, through
+
+__all__ = ["THROUGH", "call_path", "define", "is_special", "outward", "trace_through"]
 
 is_compiling = torch.compiler.is_dynamo_compiling
 is_autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled

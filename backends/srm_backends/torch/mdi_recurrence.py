@@ -15,6 +15,8 @@ from srm_backends.torch.graphs import replayed
 from srm_backends.torch.policy import held
 from srm_core.context import LaunchContext
 
+Arguments = tuple[Tensor, ...]  # z, gamma, h0, w_gate, b_gate, w_mdi, b_mdi
+
 
 def forward(
     ctx: LaunchContext, z: Tensor, gamma: Tensor, h0: Tensor, w_gate: Tensor, b_gate: Tensor, w_mdi: Tensor,
@@ -28,7 +30,7 @@ def forward(
         h, last = Loop.apply(ctx, *arguments, valid, float(mix))
     else:
         with held(ctx, arguments[0]):
-            h, last = _run(*arguments, valid, float(mix))
+            h, last = _run(arguments, valid, float(mix))
     return only(valid, h).to(z.dtype), last.to(h0.dtype)
 
 
@@ -38,11 +40,9 @@ def _weights(w_gate: Tensor, w_mdi: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([w_gate, w_mdi[:, width:]]), w_mdi[:, :width]
 
 
-def _run(
-    z: Tensor, gamma: Tensor, h0: Tensor, w_gate: Tensor, b_gate: Tensor, w_mdi: Tensor, b_mdi: Tensor, valid: Any,
-    mix: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _run(arguments: Arguments, valid: Any, mix: float) -> tuple[Tensor, Tensor]:
     """(the states (B, T, D), carried on past a length; the last one)."""
+    z, gamma, h0, w_gate, b_gate, w_mdi, b_mdi = arguments
     batch, steps, width = z.shape
     if z.numel() == 0:
         return torch.empty_like(z, memory_format=torch.contiguous_format), h0.clone()
@@ -97,9 +97,9 @@ class Loop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, launch: LaunchContext, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, valid, mix = arguments
+        tensors, valid, mix = arguments[:-2], arguments[-2], arguments[-1]
         with held(launch, tensors[0]):
-            states, last = _run(*arguments)
+            states, last = _run(tensors, valid, mix)
         ctx.save_for_backward(*tensors, states, valid)
         ctx.launch, ctx.mix = launch, mix
         return states, last
@@ -112,14 +112,14 @@ class Loop(torch.autograd.Function):
             if torch.is_grad_enabled():
                 found = _again(arguments, valid, ctx.mix, (grad_y, grad_last))
             else:
-                found = _pull(*arguments, states, valid, ctx.mix, grad_y, grad_last)
+                found = _pull(arguments, states, valid, ctx.mix, grad_y, grad_last)
         return (None, *found, None, None)
 
 
 def _pull(
-    z: Tensor, gamma: Tensor, h0: Tensor, w_gate: Tensor, b_gate: Tensor, w_mdi: Tensor, b_mdi: Tensor, states: Tensor,
-    valid: Any, mix: float, grad_y: Tensor, grad_last: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    arguments: Arguments, states: Tensor, valid: Any, mix: float, grad_y: Tensor, grad_last: Tensor
+) -> tuple[Tensor, ...]:
+    z, gamma, h0, w_gate, b_gate, w_mdi, b_mdi = arguments
     batch, steps, width = z.shape
     if z.numel() == 0:
         return (
@@ -152,7 +152,7 @@ def _pull(
     )  # fmt: skip
 
 
-def _again(arguments: tuple[Tensor, ...], valid: Any, mix: float, grads: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+def _again(arguments: Arguments, valid: Any, mix: float, grads: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
     """The gradients as something that can be differentiated: of the formula, step by step."""
     z, gamma, h, w_gate, b_gate, w_mdi, b_mdi = arguments
     states = []

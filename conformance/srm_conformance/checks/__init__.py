@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from srm_conformance.checks.behaviour import determinism, repeats, threads
+from srm_conformance.checks.compiled import compiled
 from srm_conformance.checks.contract import errors, predicates
 from srm_conformance.checks.edges import edges, lengths
 from srm_conformance.checks.layouts import layouts
@@ -25,5 +26,6 @@ CHECKS: dict[str, Check] = {
     "threads": threads,
     "layouts": layouts,
     "errors": errors,
+    "compiled": compiled,
     "random": random,
 }

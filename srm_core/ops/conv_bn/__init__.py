@@ -15,7 +15,8 @@ _operator = define(SPEC)
 def conv_bn(
     x: Any, weight: Any, bias: Any = None, running_mean: Any = None, running_var: Any = None, bn_weight: Any = None,
     bn_bias: Any = None, *, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1, groups: int = 1, eps: float = 1e-5, activation: str | None = None, backend: str | None = None,
+    dilation: int | Sequence[int] = 1, groups: int = 1, eps: float = 1e-5, activation: str | None = None,
+    backend: str | None = None,
 ) -> Any:  # fmt: skip
     """act((conv(x, weight) + bias - running_mean) / sqrt(running_var + eps) * bn_weight + bn_bias), for inference.
 
