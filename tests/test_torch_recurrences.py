@@ -183,6 +183,9 @@ def test_blocks(form: str, reverse: bool, steps: int) -> None:
         torch.testing.assert_close(last, end, rtol=1e-12, atol=1e-250)
 
 
+ODD = ["zero", "NaN", "infinite", "infinite, then zero", "overflow", "faint"]
+
+
 def odd_gates(kind: str, steps: int) -> Any:
     gates = made(1, steps, 2, low=-1, high=1).detach().float()
     if kind == "zero":
@@ -200,36 +203,46 @@ def odd_gates(kind: str, steps: int) -> Any:
     return gates
 
 
-@pytest.mark.parametrize("tokens", ["some", "sparse", None])
-@pytest.mark.parametrize("kind", ["zero", "NaN", "infinite", "infinite, then zero", "overflow", "faint"])
-def test_odd_gates(kind: str, tokens: str | None) -> None:
-    """On a CPU they give what the loop gives."""
-    gates = odd_gates(kind, 300)
+def odd_call(kind: str, tokens: str | None) -> tuple[Any, Any, Any]:
     x = None if tokens is None else made(1, 300, 2, low=-1, high=1).detach().float()
     if x is not None and tokens == "sparse":
         x[:, :-5] = 0  # zero times a product that overflows must not be NaN
-    state = torch.full((1, 2), 0.0 if tokens == "sparse" else 1.0)
-    got, want = recurrence.recurrence(gates, x, state)[0], loop(gates, x, state)[0]
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+    return odd_gates(kind, 300), x, torch.full((1, 2), 0.0 if tokens == "sparse" else 1.0)
+
+
+def flipped(gates: Any, x: Any, state: Any) -> tuple[Any, Any, Any]:
+    return gates.flip(1), None if x is None else x.flip(1), state
 
 
 @pytest.mark.parametrize("tokens", ["some", "sparse", None])
-@pytest.mark.parametrize("kind", ["zero", "NaN", "infinite", "infinite, then zero", "overflow", "faint"])
-def test_odd_gates_on_a_device(device: Count, kind: str, tokens: str | None) -> None:
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_gates(kind: str, tokens: str | None) -> None:
+    """On a CPU they give what the loop gives."""
+    arguments = odd_call(kind, tokens)
+    want = loop(*arguments)[0]
+    got = recurrence.recurrence(*arguments)[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+    got = recurrence.recurrence(*flipped(*arguments), reverse=True)[0].flip(1)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tokens", ["some", "sparse", None])
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_gates_on_a_device(
+    monkeypatch: pytest.MonkeyPatch, kind: str, tokens: str | None, reverse: bool
+) -> None:  # fmt: skip
     """Where no value may be looked at, what is finite is as in the loop, and what is not finite is not in either."""
-    device.__exit__(None, None, None)  # the comparisons below may look
-    gates = odd_gates(kind, 300)
-    x = None if tokens is None else made(1, 300, 2, low=-1, high=1).detach().float()
-    if x is not None and tokens == "sparse":
-        x[:, :-5] = 0
-    state = torch.full((1, 2), 0.0 if tokens == "sparse" else 1.0)
+    monkeypatch.setattr(recurrence, "_on_host", lambda _: False)
+    arguments = odd_call(kind, tokens)
+    want = loop(*arguments)[0]
+    if reverse:
+        arguments, want = flipped(*arguments), want.flip(1)
     with Count():
-        got = recurrence.recurrence(gates, x, state)[0]
-    want = loop(gates, x, state)[0]
-    assert torch.equal(got.isfinite(), want.isfinite())
+        got = recurrence.recurrence(*arguments, reverse)[0]
     finite = want.isfinite()
+    assert torch.equal(got.isfinite(), finite)
     torch.testing.assert_close(got[finite], want[finite], rtol=1e-5, atol=1e-6)
-    device.__enter__()
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -16,6 +16,8 @@ _MODULES = {
     "mixer": ("MixerBlock", "RecurrentMLPMixer"),
     "shared_cache": ("SharedCache",),
     "conv_bn": ("ConvBN2d",),
+    "lstm": ("LSTM",),
+    "attention": ("Attention",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

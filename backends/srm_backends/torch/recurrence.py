@@ -3,7 +3,7 @@
 Two forms. *Serial*: one operation a step. *Blocked*, where a step's work is not worth a launch: time is cut into N
 blocks that advance together, K steps each: once to find what each block does to a state (its product of gates P and
 its end from zero E), then, after the N states between the blocks are known, once more for the values. That is
-3K + N launches instead of K * N; the states between blocks are a recurrence themselves.
+2K + N launches instead of K * N; the states between blocks are a recurrence themselves.
 
 The gradient is the same recurrence against time: a_t = dy_t + g_{t+1} * a_{t+1}, with dx_t = a_t and
 dg_t = a_t * y_{t-1}; written with itself it can be differentiated again.
@@ -21,7 +21,7 @@ from srm_backends.torch.common import wants_gradient
 
 SHORT = 64  # fewer steps than this run one by one
 LONGEST = 64  # steps in a block at most: so many may multiply before a float32 product leaves the range of float64
-ROW = 4096  # on a CPU a step of more elements is worth its launch
+ROW = 1024  # on a CPU a step of more elements is worth its launch, of twice as many with a constant gate
 FAINT = 1e-200  # a float64 product below this may have lost what a later large state would bring back
 
 
@@ -62,20 +62,37 @@ class Recurrence(torch.autograd.Function):
         if y.shape[1] == 0:
             return torch.zeros_like(gates), grad_y if ctx.has_tokens else None, grad_last, None
         a = _adjoint(gates, grad_y, grad_last, ctx.reverse)
-        first, before = _ends(y, ctx.reverse)
+        first, _, _ = _ends(y, ctx.reverse)
         needs_gates, needs_tokens, needs_state, _ = ctx.needs_input_grad
         d_gates = d_state = None
         if needs_gates:
-            earlier = [y[:, before], state[:, None]] if ctx.reverse else [state[:, None], y[:, before]]
-            d_gates = (a * torch.cat(earlier, 1)).sum_to_size(gates.shape)
+            d_gates = _gate_gradient(a, y, state, gates, ctx.reverse)
         if needs_state:
             d_state = a[:, first] * gates[:, first if gates.shape[1] > 1 else 0]
         return d_gates, a if needs_tokens else None, d_state, None
 
 
-def _ends(y: Tensor, reverse: bool) -> tuple[int, slice]:
-    """(the step that comes first, the steps that have one after them)."""
-    return (y.shape[1] - 1, slice(1, None)) if reverse else (0, slice(None, -1))
+def _ends(y: Tensor, reverse: bool) -> tuple[int, slice, slice]:
+    """(the step that comes first, the steps that have one after them, the steps that have one before them)."""
+    but_last, but_first = slice(None, -1), slice(1, None)
+    return (y.shape[1] - 1, but_first, but_last) if reverse else (0, but_last, but_first)
+
+
+def _gate_gradient(a: Tensor, y: Tensor, state: Tensor, gates: Tensor, reverse: bool) -> Tensor:
+    """a_t * y_{t-1}, summed over what a gate stands for."""
+    first, before, after = _ends(y, reverse)
+    start = slice(first, first + 1)
+    if gates.shape == y.shape and not wants_gradient(a, y, state):  # nothing of that size but the result
+        d_gates = torch.empty_like(a)
+        torch.mul(a[:, start], state[:, None], out=d_gates[:, start])
+        torch.mul(a[:, after], y[:, before], out=d_gates[:, after])
+        return d_gates
+    one, rest = a[:, start] * state[:, None], a[:, after] * y[:, before]
+    if gates.shape[1] == 1:
+        return one.sum_to_size(gates.shape) + rest.sum_to_size(gates.shape)
+    width = gates.shape[2]
+    parts = [p.sum_to_size(*p.shape[:2], width) for p in ((rest, one) if reverse else (one, rest))]
+    return torch.cat(parts, 1).sum_to_size(gates.shape)
 
 
 def _adjoint(gates: Tensor, grad_y: Tensor, grad_last: Tensor, reverse: bool) -> Tensor:
@@ -100,7 +117,8 @@ def _run(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, rever
         if out.numel() == 0:
             return state.clone()
         steps, row = out.shape[1], out.shape[0] * out.shape[2]
-        if steps < SHORT or (_on_host(out) and row > ROW) or not _blocked(gates, tokens, state, out, reverse):
+        wide = row > (2 * ROW if gates.shape[1] == 1 else ROW)
+        if steps < SHORT or (_on_host(out) and wide) or not _blocked(gates, tokens, state, out, reverse):
             return _serial(gates, tokens, state, out, reverse).clone()
         return out[:, 0 if reverse else -1].clone()
 
@@ -148,12 +166,7 @@ def _blocked(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, r
     # In float64 products have range enough for float32, and no rounding of their own. Apple's GPUs have none.
     wide = torch.float32 if out.device.type == "mps" else torch.float64
     factors = _order(g, 2, reverse) * (size if constant else 1)
-    if constant:
-        product = g[:, :, 0].to(wide) ** size
-    else:
-        product = factors[0].to(wide, copy=True)  # (B, N, C)
-        for factor in factors[1:]:
-            product *= factor
+    product = g[:, :, 0].to(wide) ** size if constant else g.prod(2, dtype=wide)  # (B, N, C)
     end = product.new_zeros(out.shape[0], count, out.shape[2])
     if x is not None:
         terms = _order(x, 2, reverse)
@@ -161,7 +174,9 @@ def _blocked(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, r
         for factor, term in zip(factors[1:], terms[1:], strict=True):
             torch.addcmul(term, factor, end, out=end)
     if not _on_host(out):
-        product = _bounded(product, g, x)
+        # An infinite gate makes a state of 0 NaN. The ends show it, but for a block's first step and without tokens.
+        largest = factors[0] if x is not None else torch.linalg.vector_norm(g, torch.inf, 2)
+        product = _bounded(product, largest)
     elif not _is_safe(product, end, out.dtype):
         return False
 
@@ -183,13 +198,11 @@ def _on_host(out: Tensor) -> bool:
     return out.device.type == "cpu"
 
 
-def _bounded(product: Tensor, gates: Tensor, tokens: Tensor | None) -> Tensor:
+def _bounded(product: Tensor, largest: Tensor) -> Tensor:
     """Where a product overflows, a state of 0 has no part in it and any other is beyond float32 anyway.
 
-    Where a gate is infinite, so is the product: that gate makes a state of 0 NaN. The ends show it already, but
-    for the gate of a block's first step, or without tokens.
+    Not so where the largest gate is infinite itself.
     """
-    largest = gates[:, :, 0] if tokens is not None else torch.linalg.vector_norm(gates, torch.inf, 2)
     limit = torch.finfo(product.dtype).max
     return torch.where(largest.isinf(), product, product.clamp(-limit, limit))
 
