@@ -17,8 +17,8 @@ Cache = tuple[Tensor, Tensor]
 class Attention(nn.Module):
     """out_proj(attention(q_proj(x), k_proj(memory), v_proj(memory))) over heads, through `srm_core.attention`.
 
-    model_dim E: of what comes in and goes out. n_heads H: each of E / H channels. n_kv_heads G: heads of keys and values,
-    a divisor of H; None: H. bias: of the projections. is_causal: a step attends to itself and what came before.
+    model_dim E: of what comes in and goes out. n_heads H: each of E / H channels. n_kv_heads G: heads of keys and
+    values, a divisor of H; None: H. bias: of the projections. is_causal: a step attends to itself and what came before.
 
     >>> import torch
     >>> from srm_core.nn import Attention
