@@ -18,6 +18,7 @@ _MODULES = {
     "conv_bn": ("ConvBN2d",),
     "lstm": ("LSTM",),
     "attention": ("Attention",),
+    "mmrec": ("MemoryDecayIntegration", "MultiMemoryAttention"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)
