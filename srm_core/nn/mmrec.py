@@ -30,7 +30,7 @@ class MemoryDecayIntegration(nn.Module):
         self.W_context = _perceptron(model_dim, inner)
 
     def forward(self, z: Tensor, h_prev: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(h_new, gamma), each (..., E), of z, h_prev and context (..., E); without a context the decay is not modulated.
+        """(h_new, gamma), each (..., E), of z, h_prev and context (..., E); no context: no modulation.
 
         Errors: `ContractError` for shapes that differ.
         """
