@@ -1,11 +1,15 @@
-"""`lstm` on torch's own: oneDNN on a CPU, cuDNN on CUDA."""
+"""`lstm` on torch's own: oneDNN on a CPU, cuDNN on CUDA.
+
+Sequences of different lengths go packed; that needs their lengths on the host, so on CUDA this waits for them.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from srm_backends.torch.common import compute_dtype, nothing_of, only, state_dtype, valid_steps, wants_gradient
+from srm_backends.torch.common import compute_dtype, nothing_of, only, state_dtype, valid_steps
 from srm_backends.torch.policy import under_policy
 from srm_core.context import LaunchContext
 
@@ -25,53 +29,43 @@ def _layer(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h_n, c_n) in the dtype of computation: torch's own would keep a half cell between steps."""
     (batch, steps, _), width, compute = x.shape, w_hh.shape[1], compute_dtype(x.dtype)
-    x, w_ih, w_hh = x.to(compute), w_ih.to(compute), w_hh.to(compute)
+    valid = valid_steps(lengths, steps)
+    x, w_ih, w_hh = only(valid, x.to(compute)), w_ih.to(compute), w_hh.to(compute)
     h, c = (x.new_zeros(batch, width) if s is None else s.to(compute) for s in (h0, c0))
-    biases = [w_ih.new_zeros(len(w_ih)) if b is None else b.to(compute) for b in (b_ih, b_hh)]
     if not batch or not steps or not width:
-        none = nothing_of(only(valid_steps(lengths, steps), x), w_ih, w_hh, *biases)
+        none = nothing_of(x, w_ih, w_hh, *(None if b is None else b.to(compute) for b in (b_ih, b_hh)))
         return none.expand(batch, steps, width).clone(), h + none, c + none
-    weights = [w_ih, w_hh, *biases]
-    if x.is_cuda:  # cuDNN wants them in one piece of memory, biases and all
+    biases = [w_ih.new_zeros(len(w_ih)) if b is None else b.to(compute) for b in (b_ih, b_hh)]
+    weights = [w_ih, w_hh, *([] if b_ih is None and b_hh is None else biases)]
+    if x.is_cuda:  # cuDNN wants them in one piece of memory
         flat = torch.cat([w.reshape(-1) for w in weights])
         weights = [p.view(w.shape) for p, w in zip(flat.split([w.numel() for w in weights]), weights, strict=True)]
-    train = wants_gradient(x, *weights, h, c)
-    return _run(x, h, c, weights, train) if lengths is None else _within(x, h, c, weights, lengths, train)
+    train = torch.is_grad_enabled()
+    if lengths is None:
+        y, h, c = torch._VF.lstm(x, (h[None], c[None]), weights, len(weights) > 2, 1, 0.0, train, False, True)
+        return y, h[0], c[0]
+    return _packed(x, h, c, weights, lengths, train)
 
 
-def _run(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], train: bool) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, c = torch._VF.lstm(x, (h[None], c[None]), weights, True, 1, 0.0, train, False, True)
-    return y, h[0], c[0]
-
-
-def _within(
-    x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], lengths: Tensor, train: bool
+def _packed(
+    x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], lengths: Tensor, train: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same within the lengths, which nobody waits for: in runs of a half of the steps, half of the rest, and so on.
-
-    A sequence takes part in a run if it has that many steps left; any length is a sum of some of the runs, which have
-    T steps altogether. Another computes something without meaning in its stead, of ones: zeros would make NaN of an
-    infinite weight.
-    """
-    batch, steps, inputs = x.shape
-    # What stands past a length is never read.
-    source = torch.cat([x.reshape(-1, inputs), x.new_ones(1, inputs)])
-    every, at = torch.arange(steps, device=x.device), torch.zeros_like(lengths)
-    row = torch.arange(batch, device=x.device) * steps  # where each sequence begins in the source
-    place = torch.full((batch, steps), batch * steps, device=x.device)  # of each step, in what the runs computed
-    parts, begin = [], 0
-    while begin < steps:
-        size = (steps - begin + 1) // 2
-        part = lengths - at >= size
-        here = part[:, None]
-        index = torch.where(here, (row + at)[:, None] + every[:size], batch * steps)
-        one = source.index_select(0, index.reshape(-1)).view(batch, size, inputs)
-        y, *ends = _run(one, *(torch.where(here, s, 1.0) for s in (h, c)), weights, train)
-        h, c = (torch.where(here, e, s) for e, s in zip(ends, (h, c), strict=True))
-        since = every - at[:, None]
-        found = batch * begin + torch.arange(batch, device=x.device)[:, None] * size + since
-        place = torch.where(here & (since >= 0) & (since < size), found, place)
-        parts.append(y.reshape(-1, y.shape[2]))
-        begin, at = begin + size, at + part * size
-    parts.append(x.new_zeros(1, h.shape[1]))
-    return torch.cat(parts).index_select(0, place.reshape(-1)).view(batch, steps, -1), h, c
+    """The same within the lengths. A sequence without steps is left out: it has no part in any sum."""
+    counts = lengths.cpu()
+    some = counts.nonzero().squeeze(1)
+    if len(some) == 0:
+        none = nothing_of(x, *weights)
+        return none.expand(*x.shape[:2], h0.shape[1]).clone(), h0 + none, c0 + none
+    rows, steps = some.to(x.device), x.shape[1]
+    packed = pack_padded_sequence(x[rows], counts[some], batch_first=True, enforce_sorted=False)
+    order, back = rows[packed.sorted_indices], packed.unsorted_indices
+    data, h, c = torch._VF.lstm(
+        packed.data, packed.batch_sizes, (h0[order][None], c0[order][None]), weights, len(weights) > 2, 1, 0.0, train,
+        False,
+    )  # fmt: skip
+    ran = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, back)
+    y, _ = pad_packed_sequence(ran, batch_first=True, total_length=steps)
+    if len(some) == len(counts):
+        return y, h[0][back], c[0][back]
+    whole = y.new_zeros(len(counts), steps, y.shape[2]).index_copy(0, rows, y)
+    return whole, h0.index_copy(0, rows, h[0][back]), c0.index_copy(0, rows, c[0][back])
