@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from srm_core.context import LaunchContext, Residuals
+from srm_core.errors import KernelError
 from srm_core.gradients import Recording
 from srm_core.spec import OpSpec
 
@@ -73,7 +73,6 @@ class Pinned(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         values = [next(saved) if v is None else v[0] for v in ctx.values]
@@ -82,9 +81,32 @@ class Pinned(torch.autograd.Function):
         spec, count = recording.spec, len(values) - len(ctx.options)
         needed = dict(zip((p.name for p in spec.parameters), ctx.needs_input_grad[2:], strict=True))
         options = dict(zip(ctx.options, values[count:], strict=True))
-        found = recording.pull(tuple(values[:count]), options, kept, grads, tuple(n for n in needed if needed[n]))
-        by_name = dict(zip(spec.differentiable, found, strict=True))
-        return (None, None, *(by_name.get(n) if needed[n] else None for n in needed))
+        wanted = tuple(n for n in needed if needed[n])
+        with torch.no_grad():
+            found = recording.pull(tuple(values[:count]), options, kept, grads, wanted)
+        by_name = {n: g for n, g in zip(spec.differentiable, found, strict=True) if needed[n] and g is not None}
+        if (
+            torch.is_grad_enabled()
+        ):  # they are to be differentiated again: not being recorded, they would pass as constants
+            sources = [v for v in (*values, *grads) if isinstance(v, torch.Tensor) and v.requires_grad]
+            by_name = {n: Last.apply(recording, g, *sources) for n, g in by_name.items()}
+        return (None, None, *(by_name.get(n) for n in needed))
+
+
+class Last(torch.autograd.Function):
+    """A gradient that has no gradient: asking for one is an error, not 0."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, gradient: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        ctx.decision = recording.decision
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise KernelError(
+            f"{ctx.decision.op}: the backward kernel of backend {ctx.decision.chosen!r} cannot be differentiated again; "
+            "use the backend 'torch', whose gradients have gradients"
+        )
 
 
 def pinned(recording: Recording) -> Callable[..., Any]:

@@ -13,6 +13,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), without the price of the call where there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
 def state_dtype(given: Tensor | None, like: Tensor) -> torch.dtype:
     """The dtype of a state that comes back: that of the one that came in, else float32 beside half types."""
     return compute_dtype(like.dtype) if given is None else given.dtype

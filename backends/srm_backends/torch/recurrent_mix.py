@@ -24,8 +24,8 @@ def forward(
     compute = compute_dtype(x.dtype)
     valid = valid_steps(lengths, steps)
     # Beyond a length nothing may reach a gradient, not even times 0: neither x nor a weight out of range.
-    w = only(valid, _along(weight.to(compute), start, steps))  # (1 or B, T, H)
-    b = _along(bias.to(compute), start, steps)
+    w = only(valid, _along(weight, start, steps, compute))  # (1 or B, T, H)
+    b = _along(bias, start, steps, compute)[..., None]
     w_in, w_out = in_and_out(w, mode)
     tokens = only(valid, x.to(compute))
     if isinstance(w_in, Tensor):
@@ -38,13 +38,12 @@ def forward(
         state = initial_state.to(compute).reshape(batch, heads * width)
     states, last = recurrence(only(valid, gates, 1.0), flat, state)
     states = states.unflatten(2, (heads, width))
-    y = states if not isinstance(w_out, Tensor) else w_out[..., None] * states
-    y = y + b[..., None]
+    y = torch.addcmul(b, w_out[..., None], states) if isinstance(w_out, Tensor) else states + b
     return only(valid, y).to(x.dtype), last.unflatten(1, (heads, width)).to(state_dtype(initial_state, x))
 
 
-def _along(parameter: Tensor, start: Any, steps: int) -> Tensor:
+def _along(parameter: Tensor, start: Any, steps: int, compute: torch.dtype) -> Tensor:
     """parameter (H, L) at the T positions from start on: (1, T, H) for one start, (B, T, H) for an array of them."""
     if not isinstance(start, Tensor):
-        return parameter[:, start : start + steps].T[None]
-    return at_positions(parameter, start[:, None] + torch.arange(steps, device=start.device))
+        return parameter[:, start : start + steps].T[None].to(compute)
+    return at_positions(parameter.to(compute), start[:, None] + torch.arange(steps, device=start.device))

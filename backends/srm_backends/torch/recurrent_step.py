@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srm_backends.torch.common import compute_dtype, no_conflict
+from srm_backends.torch.common import as_dtype, compute_dtype, no_conflict
 from srm_core.context import LaunchContext
 
 
@@ -33,10 +33,8 @@ def in_and_out(w: Tensor, mode: tuple[str, ...]) -> tuple[Any, Any]:
     return torch.where(row, w, 1.0), torch.where(row, 1.0, w)
 
 
-def at_positions(parameter: Tensor, positions: Any) -> Tensor:
-    """parameter (H, L) at positions, an integer or (...): (..., H); NaN where a position is out of range."""
-    if not isinstance(positions, Tensor):
-        return parameter[:, positions]
+def at_positions(parameter: Tensor, positions: Tensor) -> Tensor:
+    """parameter (H, L) at positions (...): (..., H); NaN where a position is out of range."""
     last = parameter.shape[1] - 1
     inside = (positions >= 0) & (positions <= last)
     if last < 0:  # there is nothing to take; one column in its place, which nobody sees
@@ -45,21 +43,30 @@ def at_positions(parameter: Tensor, positions: Any) -> Tensor:
     return torch.where(inside[..., None], taken, torch.nan)
 
 
+def _columns(weight: Tensor, bias: Tensor, index: Any, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(w, b) at the index, (H, 1) or (B, H, 1)."""
+    if not isinstance(index, Tensor):
+        return as_dtype(weight.narrow(1, index, 1), compute), as_dtype(bias.narrow(1, index, 1), compute)
+    w, b = (at_positions(as_dtype(p, compute), index) for p in (weight, bias))
+    return w.unsqueeze(-1), b.unsqueeze(-1)
+
+
 def _advance(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, decay: Tensor, mode: tuple[str, ...], index: Any
 ) -> tuple[Tensor, Tensor]:
     """(y, s') in the dtype of computation."""
     compute = compute_dtype(x.dtype)
-    w, b = (at_positions(p.to(compute), index)[..., None] for p in (weight, bias))  # (H, 1) or (B, H, 1)
-    d = decay.to(compute)[:, None]
+    w, b = _columns(weight, bias, index, compute)
+    x, state, d = as_dtype(x, compute), as_dtype(state, compute), as_dtype(decay, compute).unsqueeze(-1)
+    if "col" not in mode:
+        new = torch.addcmul(x * w, d, state)
+        return new + b, new
+    if "row" not in mode:
+        new = torch.addcmul(x, d, state)
+        return torch.addcmul(b, w, new), new
     w_in, w_out = in_and_out(w.squeeze(-1), mode)
-    x, state = x.to(compute), state.to(compute)
-    new = torch.addcmul(_times(x, w_in), d, state)
-    return torch.addcmul(b, w_out[..., None], new) if isinstance(w_out, Tensor) else new + b, new
-
-
-def _times(x: Tensor, factor: Any) -> Tensor:
-    return x * factor[..., None] if isinstance(factor, Tensor) else x
+    new = torch.addcmul(x * w_in.unsqueeze(-1), d, state)
+    return torch.addcmul(b, w_out.unsqueeze(-1), new), new
 
 
 def forward(
@@ -67,7 +74,7 @@ def forward(
     mode: tuple[str, ...], index: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, new = _advance(x, state, weight, bias, decay, mode, index)
-    return y.to(x.dtype), new.to(state.dtype)
+    return as_dtype(y, x.dtype), as_dtype(new, state.dtype)
 
 
 def forward_(
@@ -78,13 +85,13 @@ def forward_(
         if slots is None:
             y, new = _advance(x, state, weight, bias, decay, mode, index)
             state.copy_(new)
-            return y.to(x.dtype)
+            return as_dtype(y, x.dtype)
         if not x.shape[0]:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
         if slots.device.type == "cpu":  # they have been checked
-            y, new = _advance(x, state[slots], weight, bias, decay, mode, index)
-            state.index_copy_(0, slots.long(), new.to(state.dtype))
-            return y.to(x.dtype)
+            y, new = _advance(x, state.index_select(0, slots), weight, bias, decay, mode, index)
+            state.index_copy_(0, slots.long(), as_dtype(new, state.dtype))
+            return as_dtype(y, x.dtype)
         return _unchecked(x, state, weight, bias, decay, mode, index, slots)
 
 
