@@ -104,8 +104,8 @@ class Last(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise KernelError(
-            f"{ctx.decision.op}: the backward kernel of backend {ctx.decision.chosen!r} cannot be differentiated again; "
-            "use the backend 'torch', whose gradients have gradients"
+            f"{ctx.decision.op}: the backward kernel of backend {ctx.decision.chosen!r} cannot be differentiated "
+            "again; use the backend 'torch', whose gradients have gradients"
         )
 
 

@@ -1,17 +1,16 @@
-"""`lstm` on torch's own: oneDNN on a CPU, cuDNN on CUDA.
-
-Sequences of different lengths go packed; that needs their lengths on the host, so on CUDA this waits for them.
-"""
+"""`lstm` on torch's own: oneDNN on a CPU, cuDNN on CUDA."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from srm_backends.torch.common import compute_dtype, nothing_of, only, state_dtype, valid_steps
+from srm_backends.torch.common import compute_dtype, nothing_of, only, state_dtype, valid_steps, wants_gradient
 from srm_backends.torch.policy import under_policy
 from srm_core.context import LaunchContext
+
+SHUT = 1e30  # what shuts a gate, or opens it, against any sum
+SMALL = 1e14  # in Euclidean length: no product of two such comes near to it, nor is there a NaN
 
 
 def forward(
@@ -29,43 +28,76 @@ def _layer(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h_n, c_n) in the dtype of computation: torch's own would keep a half cell between steps."""
     (batch, steps, _), width, compute = x.shape, w_hh.shape[1], compute_dtype(x.dtype)
-    valid = valid_steps(lengths, steps)
-    x, w_ih, w_hh = only(valid, x.to(compute)), w_ih.to(compute), w_hh.to(compute)
+    x, w_ih, w_hh = x.to(compute), w_ih.to(compute), w_hh.to(compute)
     h, c = (x.new_zeros(batch, width) if s is None else s.to(compute) for s in (h0, c0))
-    if not batch or not steps or not width:
-        none = nothing_of(x, w_ih, w_hh, *(None if b is None else b.to(compute) for b in (b_ih, b_hh)))
-        return none.expand(batch, steps, width).clone(), h + none, c + none
     biases = [w_ih.new_zeros(len(w_ih)) if b is None else b.to(compute) for b in (b_ih, b_hh)]
-    weights = [w_ih, w_hh, *([] if b_ih is None and b_hh is None else biases)]
-    if x.is_cuda:  # cuDNN wants them in one piece of memory
+    if not batch or not steps or not width:
+        none = nothing_of(only(valid_steps(lengths, steps), x), w_ih, w_hh, *biases)
+        return none.expand(batch, steps, width).clone(), h + none, c + none
+    weights = [w_ih, w_hh, *biases]
+    if x.is_cuda:  # cuDNN wants them in one piece of memory, biases and all
         flat = torch.cat([w.reshape(-1) for w in weights])
         weights = [p.view(w.shape) for p, w in zip(flat.split([w.numel() for w in weights]), weights, strict=True)]
-    train = torch.is_grad_enabled()
+    train = wants_gradient(x, *weights, h, c)
     if lengths is None:
-        y, h, c = torch._VF.lstm(x, (h[None], c[None]), weights, len(weights) > 2, 1, 0.0, train, False, True)
-        return y, h[0], c[0]
-    return _packed(x, h, c, weights, lengths, train)
+        return _run(x, h, c, weights, train)
+    x = only(valid_steps(lengths, steps), x)
+    form = _at_once if x.device.type == "cpu" and _are_small(x, h, c, *weights) else _in_parts
+    y, h, c = form(x, h, c, weights, lengths, train)
+    return only(valid_steps(lengths, steps), y), h, c
 
 
-def _packed(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], lengths: Tensor, train: bool
+def _are_small(*tensors: Tensor) -> bool:
+    return all(float(torch.linalg.vector_norm(t.detach())) < SMALL for t in tensors)
+
+
+def _run(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], train: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, c = torch._VF.lstm(x, (h[None], c[None]), weights, True, 1, 0.0, train, False, True)
+    return y, h[0], c[0]
+
+
+def _at_once(
+    x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], lengths: Tensor, train: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same within the lengths. A sequence without steps is left out: it has no part in any sum."""
-    counts = lengths.cpu()
-    some = counts.nonzero().squeeze(1)
-    if len(some) == 0:
-        none = nothing_of(x, *weights)
-        return none.expand(*x.shape[:2], h0.shape[1]).clone(), h0 + none, c0 + none
-    rows, steps = some.to(x.device), x.shape[1]
-    packed = pack_padded_sequence(x[rows], counts[some], batch_first=True, enforce_sorted=False)
-    order, back = rows[packed.sorted_indices], packed.unsorted_indices
-    data, h, c = torch._VF.lstm(
-        packed.data, packed.batch_sizes, (h0[order][None], c0[order][None]), weights, len(weights) > 2, 1, 0.0, train,
-        False,
-    )  # fmt: skip
-    ran = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, back)
-    y, _ = pad_packed_sequence(ran, batch_first=True, total_length=steps)
-    if len(some) == len(counts):
-        return y, h[0][back], c[0][back]
-    whole = y.new_zeros(len(counts), steps, y.shape[2]).index_copy(0, rows, y)
-    return whole, h0.index_copy(0, rows, h[0][back]), c0.index_copy(0, rows, c[0][back])
+    """Within the lengths: all steps, and past a length an input of its own shuts i and opens f, so that c stays.
+
+    Where there is a NaN or an infinity it would not.
+    """
+    (batch, steps, _), (w_ih, *others) = x.shape, weights
+    beyond, some = torch.arange(steps) >= lengths[:, None], lengths[:, None] > 0
+    hold = w_ih.new_tensor([-SHUT, SHUT, 0, 0]).repeat_interleave(len(w_ih) // 4)
+    x = torch.cat([x, beyond[..., None]], 2)
+    held = torch.cat([w_ih, hold[:, None]], 1)
+    y, _, kept = _run(x, torch.where(some, h, 0.0), torch.where(some, c, 0.0), [held, *others], train)
+    last = y[torch.arange(batch), lengths.clamp(1) - 1]
+    return y, torch.where(some, last, h), torch.where(some, kept, c)
+
+
+def _in_parts(
+    x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], lengths: Tensor, train: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Within the lengths, whatever the weights are, and without a look at either: runs of half of the steps, of half of
+    the rest, and so on.
+
+    A sequence takes part in a run if it has that many steps left; any length is a sum of some of the runs, which have
+    T steps altogether. Another computes in its stead something of no account, from ones: zeros would make NaN of an
+    infinite weight.
+    """
+    batch, steps, inputs = x.shape
+    every, row = torch.arange(steps, device=x.device), torch.arange(batch, device=x.device)[:, None]
+    source = x.reshape(-1, inputs)  # row b*T + t
+    place = torch.zeros(batch, steps, dtype=torch.int64, device=x.device)  # of each step among what the runs computed
+    parts, begin, done = [], 0, torch.zeros_like(lengths)[:, None]
+    while begin < steps:
+        size = (steps - begin + 1) // 2
+        takes = lengths[:, None] - done >= size  # (B, 1)
+        index = row * steps + done + every[:size]
+        taken = source.index_select(0, index.reshape(-1)).view(batch, size, inputs)
+        taken = torch.where(takes[:, :, None], taken, 1.0)
+        y, h_end, c_end = _run(taken, torch.where(takes, h, 1.0), torch.where(takes, c, 1.0), weights, train)
+        h, c = torch.where(takes, h_end, h), torch.where(takes, c_end, c)
+        since = every - done
+        place = torch.where(takes & (since >= 0) & (since < size), batch * begin + row * size + since, place)
+        parts.append(y.reshape(batch * size, -1))
+        begin, done = begin + size, done + takes * size
+    return torch.cat(parts).index_select(0, place.reshape(-1)).view(batch, steps, -1), h, c
