@@ -2,8 +2,9 @@
 
     python asv_bench/torch_targets.py [--out asv_bench/results/torch_targets_cuda.json]
 
-On CUDA: events around each call, the L2 cache overwritten before, medians; on a CPU: the best of several calls.
-Ours and its peers in turns. A row says how many times as long as ours a peer takes.
+On CUDA: events around each call, the L2 cache overwritten before, which also takes longer than the host takes for a
+call; medians. On a CPU: the best of several calls. Ours and its peers in turns. A row says how many times as long as
+ours a peer takes; on CUDA also how long the host takes for a call, and that of each peer over ours.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import srm_core
+import srm_core.nn
 
 Row = tuple[str, str, Callable[[], Any], dict[str, Callable[[], Any]]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +48,7 @@ def seconds(call: Callable[[], Any], flush: torch.Tensor | None) -> float:
 
 
 def measured(calls: dict[str, Callable[[], Any]], tries: int) -> dict[str, float]:
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE) if LARGE else None
+    flush = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE) if LARGE else None
     for call in calls.values():
         for _ in range(3):
             call()
@@ -55,6 +57,20 @@ def measured(calls: dict[str, Callable[[], Any]], tries: int) -> dict[str, float
         for name, call in calls.items():
             samples[name].append(seconds(call, flush))
     return {name: statistics.median(s) if LARGE else min(s) for name, s in samples.items()}
+
+
+def host_seconds(calls: dict[str, Callable[[], Any]], tries: int = 5, times: int = 10) -> dict[str, float]:
+    """How long a call takes until it is in the queue of the device, the least of some tries."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(tries):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(times):
+                call()
+            best[name] = min(best[name], (time.perf_counter() - start) / times)
+    torch.cuda.synchronize()
+    return best
 
 
 def with_gradients(call: Callable[[], Any], leaves: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
@@ -118,28 +134,33 @@ def recurrence_rows() -> Iterator[Row]:
 
 
 def lstm_rows() -> Iterator[Row]:
-    for batch, steps, width in [(16, 1024, 512), (1, 1024, 256)] if LARGE else [(16, 32, 256)]:
-        for dtype in (torch.float32, torch.bfloat16) if LARGE else (torch.float32,):
-            layer = torch.nn.LSTM(width, width, batch_first=True, device=DEVICE, dtype=dtype)
+    sizes = [(16, 1024, 512), (1, 1024, 256), (16, 32, 128)] if LARGE else [(16, 32, 256)]
+    for batch, steps, width in sizes:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16) if LARGE else (torch.float32,):
+            layer = torch.nn.LSTM(width, width, batch_first=True).to(DEVICE, dtype)
+            own = srm_core.nn.LSTM(width, width, batch_first=True).to(DEVICE, dtype)
+            own.load_state_dict(layer.state_dict())
             x = rand(batch, steps, width, dtype=dtype)
-            weights = [w.detach() for w in layer._flat_weights]
-            state = rand(batch, width, dtype=dtype)
 
-            def ours(x: Any = x, weights: Any = weights, state: Any = state) -> Any:
-                return srm_core.lstm(x, *weights, state, state, backend="torch")
-
-            def theirs(x: Any = x, layer: Any = layer, state: Any = state) -> Any:
+            def theirs(x: Any = x, layer: Any = layer) -> Any:
                 with torch.no_grad():
-                    return layer(x, (state[None], state[None]))
+                    return layer(x)
 
-            yield "lstm", f"B{batch} T{steps} H{width} {str(dtype)[6:]}", ours, {"torch.nn.LSTM": theirs}
+            def ours(x: Any = x, layer: Any = own) -> Any:
+                with torch.no_grad(), srm_core.use_backend("torch"):
+                    return layer(x)
+
+            yield "nn.LSTM", f"B{batch} T{steps} H{width} {str(dtype)[6:]}", ours, {"torch.nn.LSTM": theirs}
 
 
 def attention_rows() -> Iterator[Row]:
-    shapes = [(4, 16, 4096, 128)] if LARGE else [(1, 8, 512, 64)]
-    for shape in shapes:
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((1, 8, 512, 64), torch.float32)]
+    if LARGE:
+        shapes = [((4, 16, 4096, 128), torch.bfloat16), ((4, 16, 4096, 128), torch.float32)]
+        shapes += [((1, 8, 256, 64), torch.bfloat16), ((1, 8, 256, 64), torch.float32)]
+    for shape, dtype in shapes:
         for causal in (True, False):
-            q, k, v = (rand(*shape, dtype=torch.bfloat16 if LARGE else torch.float32) for _ in range(3))
+            q, k, v = (rand(*shape, dtype=dtype) for _ in range(3))
 
             def ours(q: Any = q, k: Any = k, v: Any = v, causal: bool = causal) -> Any:
                 return srm_core.attention(q, k, v, is_causal=causal, backend="torch")
@@ -147,7 +168,72 @@ def attention_rows() -> Iterator[Row]:
             def theirs(q: Any = q, k: Any = k, v: Any = v, causal: bool = causal) -> Any:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-            yield "attention", f"{shape} {'causal' if causal else 'full'}", ours, {"SDPA": theirs}
+            def plain(q: Any = q, k: Any = k, v: Any = v, causal: bool = causal) -> Any:
+                scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+                if causal:
+                    steps = torch.ones(scores.shape[2:], dtype=torch.bool, device=DEVICE)
+                    scores = scores.masked_fill(~steps.tril(), -torch.inf)
+                return scores.softmax(-1) @ v
+
+            size = f"{shape} {'causal' if causal else 'full'} {str(dtype)[6:]}"
+            yield "attention", size, ours, {"SDPA": theirs, "composition": plain}
+
+
+def pointwise_rows() -> Iterator[Row]:
+    batch, heads, width = (8192, 32, 128) if LARGE else (512, 8, 64)
+    for b in (64, batch):
+        x, state = rand(b, heads, width), rand(b, heads, width)
+        weight, bias, decay = rand(heads, 16), rand(heads, 16), torch.rand(heads, device=DEVICE)
+        row = torch.arange(heads, device=DEVICE) % 2 == 0
+        mode = tuple("row" if i % 2 == 0 else "col" for i in range(heads))
+
+        def step(x: Any = x, s: Any = state, w: Any = weight, b: Any = bias, d: Any = decay, mode: Any = mode) -> Any:
+            return srm_core.recurrent_step(x, s, w, b, d, mode, 3, backend="torch")
+
+        def eager_step(x: Any = x, s: Any = state, w: Any = weight, b: Any = bias, d: Any = decay, r: Any = row) -> Any:
+            at, beside = w[:, 3, None], b[:, 3, None]
+            new = torch.where(r[:, None], at * x, x) + d[:, None] * s
+            return torch.where(r[:, None], new, at * new) + beside, new
+
+        yield "recurrent_step", f"B{b} H{heads} D{width} float32", step, {"composition": eager_step}
+
+    tensors = [rand(batch, heads * width) for _ in range(5)]
+
+    def mdi(a: Any = tensors) -> Any:
+        return srm_core.mdi(*a, backend="torch")
+
+    def eager_mdi(a: Any = tensors) -> Any:
+        z, h, gate, decay, modulation = a
+        g = torch.sigmoid(gate)
+        gamma = (torch.sigmoid(decay) * torch.sigmoid(modulation)).clamp(1e-6, 1 - 1e-6)
+        return (1 - g) * h + g * z + gamma * h, gamma
+
+    yield "mdi", f"({batch}, {heads * width}) float32", mdi, {"composition": eager_mdi}
+
+
+def hds_rows() -> Iterator[Row]:
+    batch, slots, width = (8, 65536, 128) if LARGE else (2, 4096, 64)
+    memory = rand(batch, slots, width)
+
+    def pooled(a: Any = memory) -> Any:
+        return srm_core.hds_pool(a, num_levels=3, pool=4, backend="torch")
+
+    def eager_pooled(a: Any = memory) -> Any:
+        one = a.unflatten(1, (-1, 4)).mean(2)
+        return one, one.unflatten(1, (-1, 4)).mean(2)
+
+    yield "hds_pool", f"{tuple(memory.shape)} float32", pooled, {"composition": eager_pooled}
+    dtype = torch.bfloat16 if LARGE else torch.float32
+    q, k, v = rand(batch, 4, 256, width, dtype=dtype), *(rand(batch, 4, slots // 4, width, dtype=dtype) for _ in "kv")
+
+    def query(q: Any = q, k: Any = k, v: Any = v) -> Any:
+        return srm_core.hds_query(q, k, v, backend="torch")
+
+    def eager_query(q: Any = q, k: Any = k, v: Any = v) -> Any:
+        k, v = (a.unflatten(2, (-1, 16)).mean(3) for a in (k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    yield "hds_query", f"{tuple(k.shape)} {str(dtype)[6:]}", query, {"composition": eager_query}
 
 
 def conv_rows() -> Iterator[Row]:
@@ -156,16 +242,19 @@ def conv_rows() -> Iterator[Row]:
     for batch, channels, size, out, kernel in shapes if LARGE else [(4, 64, 28, 64, 3)]:
         layout = torch.channels_last
         x = rand(batch, channels, size, size, dtype=dtype).to(memory_format=layout)
-        weight = (rand(out, channels, kernel, kernel, dtype=dtype) * 0.05).to(memory_format=layout)
-        bias, mean, var = rand(out, dtype=dtype), rand(out), torch.rand(out, device=DEVICE) + 0.5
-        gamma, beta = rand(out), rand(out)
         pad = kernel // 2
+        module = srm_core.nn.ConvBN2d(channels, out, kernel, padding=pad, activation="relu").to(DEVICE).eval()
+        twin = module.to_torch().to(dtype, memory_format=layout)
+        weight, bias = module.conv.weight.detach().to(dtype, memory_format=layout), rand(out, dtype=dtype)
+        gamma, beta = rand(out), rand(out)
 
-        def ours(x: Any = x, w: Any = weight, b: Any = bias, pad: int = pad) -> Any:
-            return srm_core.conv_bn(x, w, b, None, None, padding=pad, activation="relu", backend="torch")
+        def ours(x: Any = x, module: Any = module) -> Any:
+            with torch.no_grad(), srm_core.use_backend("torch"):
+                return module(x)
 
-        def eager(x: Any = x, w: Any = weight, b: Any = bias, pad: int = pad, s: Any = (mean, var, gamma, beta)) -> Any:
-            return F.relu(F.batch_norm(F.conv2d(x, w, b, padding=pad), *s))
+        def eager(x: Any = x, module: Any = twin) -> Any:
+            with torch.no_grad():
+                return module(x)
 
         peers = {"eager": eager}
         if LARGE:
@@ -174,7 +263,7 @@ def conv_rows() -> Iterator[Row]:
                 return torch.cudnn_convolution_relu(x, w, b, (1, 1), (pad, pad), (1, 1), 1)
 
             peers["cudnn_convolution_relu"] = fused
-        yield "conv_bn, folded", f"N{batch} C{channels} {size}^2 K{out} {kernel}x{kernel}", ours, peers
+        yield "nn.ConvBN2d", f"N{batch} C{channels} {size}^2 K{out} {kernel}x{kernel}", ours, peers
 
         def train(x: Any = x, w: Any = weight, g: Any = gamma, b: Any = beta, pad: int = pad) -> Any:
             return srm_core.conv_bn_train(x, w, None, g, b, padding=pad, activation="relu", backend="torch")
@@ -225,17 +314,22 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=15)
     args = parser.parse_args()
     table = []
-    for rows in (scan_rows, recurrence_rows, lstm_rows, attention_rows, conv_rows, call_rows):
+    families = (
+        scan_rows, pointwise_rows, recurrence_rows, lstm_rows, attention_rows, hds_rows, conv_rows, call_rows,
+    )  # fmt: skip
+    for rows in families:
         for op, size, ours, peers in rows():
             took = measured({"ours": ours, **peers}, args.tries)
             row = {"op": op, "size": size, "ms": took["ours"] * 1e3}
             row["times"] = {name: took[name] / took["ours"] for name in peers}
+            shown = [f"{name} {times:.2f}x" for name, times in row["times"].items()]
+            if LARGE:
+                host = host_seconds({"ours": ours, **peers})
+                row["host_us"] = host["ours"] * 1e6
+                row["host_times"] = {name: host[name] / host["ours"] for name in peers}
+                shown += [f"| host {row['host_us']:.0f} us", *(f"{t:.2f}x" for t in row["host_times"].values())]
             table.append(row)
-            print(
-                f"{op:36} {size:44} {row['ms']:9.3f} ms  ",
-                *(f"{n} {t:.2f}x" for n, t in row["times"].items()),
-                flush=True,
-            )
+            print(f"{op:36} {size:44} {row['ms']:9.3f} ms  ", *shown, flush=True)
     if args.out:
         machine = torch.cuda.get_device_name() if LARGE else platform.processor() or platform.machine()
         head = {"device": machine, "torch": torch.__version__, "threads": torch.get_num_threads()}

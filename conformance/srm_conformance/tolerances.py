@@ -235,6 +235,7 @@ class _Standard:
     model: Array | None
     model_errors: tuple[float, ...]
     gradient: float | None = None  # of a gradient: the largest magnitude in the gradients of the outputs
+    left: float = 0.0  # of an output that is 0 throughout: what the last bits of the inputs make of it
 
     def judge(self, got: Any, k: float, times: float = 1) -> list[Judgement]:
         form, expected = _form(got), "None" if self.truth is None else f"{self.dtype} {np.shape(self.truth)}"
@@ -250,8 +251,8 @@ class _Standard:
         judgements = [self._judgement("non-finite", (float(wrong.sum()), where_largest(wrong)), 0.0, "", got, rounded)]
         eps = eps_of(self.dtype)
         for measure, worst, of_model in zip(
-            ("frobenius", "row", "peak"), _measures(got, self.truth, self.dtype, self.gradient), self.model_errors,
-            strict=True,
+            ("frobenius", "row", "peak"), _measures(got, self.truth, self.dtype, self.gradient, self.left),
+            self.model_errors, strict=True,
         ):  # fmt: skip
             if k * of_model > LEAST * eps:
                 allowed, derived = k * of_model, f"{k:g} x {of_model:.3g} of the rounding model"
@@ -310,13 +311,19 @@ class _Canonical:
             return [None if r is None else rounded_to(r, d) for r, d in zip(results, dtypes, strict=True)]
 
         truths, models = run(self.truth, None, self.arguments), run(self.model, self.roundings(), self.arguments)
-        errors = self.model_errors(run, neighbours, truths, models, scale)
-        for parts in zip(names, dtypes, truths, models, errors, strict=True):
-            yield _Standard(*parts, scale)
+        left = [0.0] * len(truths)
+        if scale is None and any(_vanishes(t) for t in truths):
+            near = run(self.truth, None, _cast(_neighbour(self.arguments, 1), self.truth))
+            left = [_largest(n) if _vanishes(t) else 0.0 for t, n in zip(truths, near, strict=True)]
+        errors = self.model_errors(run, neighbours, truths, models, scale, left)
+        scales = [scale] * len(truths)
+        for parts in zip(names, dtypes, truths, models, errors, scales, left, strict=True):
+            yield _Standard(*parts)
 
     def model_errors(
-        self, run: Run, neighbours: int, truths: Any = None, models: Any = None, gradient: float | None = None
-    ) -> list[tuple[float, ...]]:
+        self, run: Run, neighbours: int, truths: Any = None, models: Any = None, gradient: float | None = None,
+        left: Sequence[float] | None = None,
+    ) -> list[tuple[float, ...]]:  # fmt: skip
         """(Frobenius, row, peak) error of the rounding model for each array of `run(compute, roundings, arguments)`.
 
         roundings: None for the exact results, else those that are made of intermediate values, outputs being rounded.
@@ -339,11 +346,10 @@ class _Canonical:
             elif seed or truths is None:
                 near = _neighbour(arguments, seed) if seed else _cast(arguments)
                 truths, models = run(truth, None, _cast(near, truth)), run(model, self.roundings(), near)
-            pairs = zip(truths, models, strict=True)
             draws.append(
                 [
-                    (0.0,) * 3 if t is None else tuple(scale * e for e, _ in _measures(m, t, m.dtype.name, gradient))
-                    for t, m in pairs
+                    (0.0,) * 3 if t is None else tuple(scale * e for e, _ in _measures(m, t, m.dtype.name, gradient, f))
+                    for t, m, f in zip(truths, models, left or [0.0] * len(truths), strict=True)
                 ]
             )
         return [tuple(max(e) for e in zip(*draw, strict=True)) for draw in zip(*draws, strict=True)]
@@ -410,15 +416,25 @@ def _judge(standards: Sequence[_Standard], arrays: Sequence[Any], k: float, time
     return judgements
 
 
-def _measures(got: Array, truth: Array, dtype: str, gradient: float | None) -> tuple[Worst, Worst, Worst]:
-    """The three errors. Below the smallest normal number the spacing no longer shrinks: it is the floor.
+def _vanishes(truth: Array | None) -> bool:
+    return truth is not None and bool(np.size(truth)) and not np.any(truth)
+
+
+def _largest(values: Array) -> float:
+    finite: Array = np.abs(values[np.isfinite(values)])
+    return float(finite.max(initial=0))
+
+
+def _measures(got: Array, truth: Array, dtype: str, gradient: float | None, left: float) -> tuple[Worst, Worst, Worst]:
+    """The three errors. Below the smallest normal number the spacing no longer shrinks: it is the floor. So is `left`,
+    for an output that is 0 throughout since equals cancel: the variance of equal values.
 
     A row of a gradient may be a difference of equals: attention's, of a step with one slot. float32 arithmetic leaves
     eps of float32 of what cancelled, where the truth is 0. So a row of a gradient of a half type is taken to be
     large enough, beside the largest one, for this to be eps of its own type. A gradient that is 0 throughout, but for
     the truth's own rounding (of the query, where there is one slot), is measured by the gradients of the outputs.
     """
-    floor = float(finfo(dtype).smallest_normal)
+    floor = max(left, float(finfo(dtype).smallest_normal))
     within = np.where(np.isfinite(rounded_to(truth, dtype)), truth, truth.dtype.type(np.nan))
     if gradient is not None and (np.abs(within) <= ROUNDED_AWAY * np.finfo(truth.dtype).eps * gradient).all():
         floor = max(floor, gradient)

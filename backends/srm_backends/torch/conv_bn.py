@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d
 
-from srm_backends.torch.common import channels_last, compute_dtype, wants_gradient
+from srm_backends.torch.common import as_dtype, channels_last, compute_dtype, wants_gradient
 from srm_backends.torch.policy import under_policy
 from srm_core.context import LaunchContext
 from srm_core.ops.conv_bn.convolution import geometry
+
+NOTHING = 1e-30  # beside 1, in batch norm's eps, which must be above 0
 
 
 def forward(
@@ -24,7 +26,7 @@ def forward(
     return _normalised(ctx, x, weight, *vectors, geometry(stride, padding, dilation, groups), eps, activation)[0]
 
 
-@under_policy
+@under_policy("conv")
 def _normalised(
     x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, bn_weight: Tensor | None,
     bn_bias: Tensor | None, g: Any, eps: float, activation: str | None,
@@ -36,12 +38,12 @@ def _normalised(
         if scale is not None or shift is not None:
             like = y.new_zeros(y.shape[1], dtype=compute_dtype(x.dtype))
             gamma, beta = (None if p is None else p.contiguous() for p in (scale, shift))  # as it reads them
-            y = batch_norm(y, like, torch.ones_like(like), gamma, beta, eps=0.0)
+            y = batch_norm(y, like, torch.ones_like(like), gamma, beta, eps=NOTHING)
         return (_as(x, _activated(y, activation)),)
     if scale is not None:
         weight = weight.to(scale.dtype) * scale[:, None, None, None]
-    weight = _as(x, weight.to(x.dtype))
-    shift = None if shift is None else shift.to(x.dtype)
+    weight = _as(x, as_dtype(weight, x.dtype))
+    shift = None if shift is None else as_dtype(shift, x.dtype)
     if activation and x.is_cuda and x.numel():
         return (_as(x, torch.cudnn_convolution_relu(x, weight, shift, g.stride, g.padding, g.dilation, g.groups)),)
     return (_as(x, _activated(conv2d(x, weight, shift, *g), activation)),)
@@ -84,7 +86,7 @@ def forward_train(
     return _trained(ctx, x, weight, bias, bn_weight, bn_bias, g, eps, activation)  # type: ignore[return-value]
 
 
-@under_policy
+@under_policy("conv")
 def _trained(
     x: Tensor, weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None, g: Any,
     eps: float, activation: str | None,
@@ -92,18 +94,17 @@ def _trained(
     compute = compute_dtype(x.dtype)
     # torch's fused batch norm reads a strided weight as if it were dense.
     scale, shift = (None if p is None else p.to(compute).contiguous() for p in (bn_weight, bn_bias))
-    weight, rounded = _as(x, weight.to(x.dtype)), None if bias is None else bias.to(x.dtype)
-    if compute is torch.float64:
-        # torch's fused sums run one after the other, from the bias on; in float32 they are float64 inside.
-        c = conv2d(x, weight, None, *g)
-        y, mean, var = _composed(c if rounded is None else c + rounded[:, None, None], scale, shift, eps)
-    else:
-        c = conv2d(x, weight, rounded, *g)
-        # One pixel has no unbiased variance, which is what torch gives.
-        several = c.numel() // c.shape[1] > 1
-        y, mean, var = BatchNorm.apply(c, scale, shift, eps) if several else _composed(c, scale, shift, eps)
-    if bias is not None and bias.dtype is not x.dtype:
-        mean = mean + (bias - rounded)  # type: ignore[operator]  # y and the variance do not see a shift
+    # Neither y nor the variance sees a bias, but where it is no number: so a large one costs no digits.
+    void = None if bias is None else (bias - bias).to(x.dtype)
+    c = _as(x, conv2d(x, _as(x, weight.to(x.dtype)), void, *g))
+    if scale is None and shift is not None:
+        scale = torch.ones_like(shift)  # else torch's backward on CUDA fails
+    # torch's fused sums run one after the other, which in float32 are float64 inside; of one pixel there is no
+    # unbiased variance, which is what torch gives.
+    fused = compute is torch.float32 and c.numel() // max(1, c.shape[1]) > 1
+    y, mean, var = BatchNorm.apply(c, scale, shift, eps) if fused else _composed(c, scale, shift, eps)
+    if bias is not None and c.numel():
+        mean = torch.where(bias.isfinite(), mean + bias, bias.to(mean.dtype))
     return _as(x, _activated(y, activation)), mean, var
 
 
@@ -146,7 +147,7 @@ class BatchNorm(torch.autograd.Function):
         if grad_y is not None:
             mask = [True, weight is not None, bias is not None]
             d_c, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                grad_y, c, weight, None, None, save_mean, save_rate, True, ctx.eps, mask
+                _as(c, grad_y), c, weight, None, None, save_mean, save_rate, True, ctx.eps, mask
             )
         pixels = prod(c.shape) // c.shape[1]
         if grad_mean is not None or grad_var is not None:

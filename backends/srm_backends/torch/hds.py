@@ -31,17 +31,14 @@ def query(
     *, level: int, num_levels: int, pool: int, scale: float | None,
 ) -> Tensor:  # fmt: skip
     if level % num_levels:
-        # Level by level, as the windows of one that have no whole window above them drop out there.
-        keys, values = (_pooled(a, level % num_levels, pool) for a in (keys, values))
+        keys, values = (_pooled(a, pool ** (level % num_levels)) for a in (keys, values))
     keys, values = (a.expand(query.shape[0], *a.shape[1:]) for a in (keys, values))
-    return attend(ctx, query, keys, values, None, False, scale, False)[0]
+    return attend(ctx, query, keys, values, None, False, scale, False, ctx.precision)[0]
 
 
-def _pooled(slots: Tensor, level: int, pool: int) -> Tensor:
-    wide = slots.to(compute_dtype(slots.dtype))
-    for _ in range(level):
-        wide = _above(wide, pool)
-    return wide.to(slots.dtype)
+def _pooled(slots: Tensor, size: int) -> Tensor:
+    """A level, whose slots are means of so many, in one go: what has no whole window above it drops out either way."""
+    return _above(slots.to(compute_dtype(slots.dtype)), size).to(slots.dtype)
 
 
 @torch.no_grad()

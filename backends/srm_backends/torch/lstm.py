@@ -10,6 +10,7 @@ from srm_backends.torch.policy import under_policy
 from srm_core.context import LaunchContext
 
 SHUT = 1e30  # what shuts a gate, or opens it, against any sum
+SMALL_WIDTH = 192
 SMALL = 1e14  # in Euclidean length: no product of two such comes near to it, nor is there a NaN
 
 
@@ -21,13 +22,14 @@ def forward(
     return y.to(x.dtype), h.to(state_dtype(h0, x)), c.to(state_dtype(c0, x))
 
 
-@under_policy
+@under_policy("rnn")
 def _layer(
     x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
     c0: Tensor | None, lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, h_n, c_n) in the dtype of computation: torch's own would keep a half cell between steps."""
-    (batch, steps, _), width, compute = x.shape, w_hh.shape[1], compute_dtype(x.dtype)
+    """(y, h_n, c_n) in the dtype of computation."""
+    (batch, steps, _), width = x.shape, w_hh.shape[1]
+    compute = x.dtype if _is_half(x, w_ih, w_hh, b_ih, b_hh, h0, c0) else compute_dtype(x.dtype)
     x, w_ih, w_hh = x.to(compute), w_ih.to(compute), w_hh.to(compute)
     h, c = (x.new_zeros(batch, width) if s is None else s.to(compute) for s in (h0, c0))
     biases = [w_ih.new_zeros(len(w_ih)) if b is None else b.to(compute) for b in (b_ih, b_hh)]
@@ -47,12 +49,27 @@ def _layer(
     return only(valid_steps(lengths, steps), y), h, c
 
 
+def _is_half(x: Tensor, *others: Tensor | None) -> bool:
+    """Is all of it of one half type, on CUDA? cuDNN accumulates in float32 and rounds the states that it gives; oneDNN
+    would round the cell between steps, too."""
+    h0, c0 = others[-2:]
+    return x.is_cuda and None not in (h0, c0) and all(t is None or t.dtype is x.dtype for t in others)
+
+
 def _are_small(*tensors: Tensor) -> bool:
     return all(float(torch.linalg.vector_norm(t.detach())) < SMALL for t in tensors)
 
 
 def _run(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], train: bool) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, c = torch._VF.lstm(x, (h[None], c[None]), weights, True, 1, 0.0, train, False, True)
+    """All the steps. Of up to SMALL_WIDTH channels cuDNN has a kernel whose sigmoids are good for half types alone,
+    which it does not take for sequences that are packed."""
+    (batch, steps, _), states = x.shape, (h[None], c[None])
+    if x.is_cuda and x.dtype is torch.float32 and h.shape[1] <= SMALL_WIDTH:
+        packed, sizes = x.transpose(0, 1).flatten(0, 1), torch.full((steps,), batch)
+        y, h, c = torch._VF.lstm(packed, sizes, states, weights, True, 1, 0.0, train, False)
+        y = y.view(steps, batch, -1).transpose(0, 1)
+    else:
+        y, h, c = torch._VF.lstm(x, states, weights, True, 1, 0.0, train, False, True)
     return y, h[0], c[0]
 
 

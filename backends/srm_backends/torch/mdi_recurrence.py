@@ -37,7 +37,7 @@ class Loop(torch.autograd.Function):
 
     @staticmethod
     def forward(launch: LaunchContext, *arguments: Any) -> tuple[Tensor, Tensor]:
-        with held(launch, arguments[0]), torch.no_grad():
+        with held(launch, arguments[0], "matmul"), torch.no_grad():
             return _run(launch, *arguments)
 
     @staticmethod
@@ -48,7 +48,7 @@ class Loop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
         *arguments, valid, states = ctx.saved_tensors
-        with held(ctx.launch, states):
+        with held(ctx.launch, states, "matmul"):
             if torch.is_grad_enabled():
                 found = _again(arguments, valid, ctx.mix, (grad_y, grad_last))
             else:

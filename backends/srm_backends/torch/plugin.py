@@ -12,7 +12,9 @@ HERE = "srm_backends.torch"
 
 def _kernel(op: str, target: str, backward: str | None = "autograd") -> Kernel:
     """A kernel of torch operations, which autograd records."""
-    return Kernel(op, f"{HERE}.{target}", backward, arrays=("torch",), platforms=("cpu", "cuda"), rank=10)
+    return Kernel(
+        op, f"{HERE}.{target}", backward, arrays=("torch",), platforms=("cpu", "cuda"), graph_safe=True, rank=10
+    )
 
 
 KERNELS = (

@@ -3,7 +3,7 @@
 Two forms. *Serial*: one operation a step. *Blocked*, where a step's work is not worth a launch: time is cut into N
 blocks that advance together, K steps each: once to find what each block does to a state (its product of gates P and
 its end from zero E), then, after the N states between the blocks are known, once more for the values. That is
-2K + N launches instead of K * N; the states between blocks are a recurrence themselves.
+2K + N launches instead of K * N, or less: the states between blocks are a recurrence themselves.
 
 The gradient is the same recurrence against time: a_t = dy_t + g_{t+1} * a_{t+1}, with dx_t = a_t and
 dg_t = a_t * y_{t-1}; written with itself it can be differentiated again.
@@ -11,7 +11,6 @@ dg_t = a_t * y_{t-1}; written with itself it can be differentiated again.
 
 from __future__ import annotations
 
-from math import isqrt
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from srm_backends.torch.common import wants_gradient
 
 SHORT = 64  # fewer steps than this run one by one
-LONGEST = 64  # steps in a block at most: so many may multiply before a float32 product leaves the range of float64
+BLOCK = 16  # steps: with more, there are more launches than the next level needs; with fewer, it is a longer one
 ROW = 1024  # on a CPU a step of more elements is worth its launch, of twice as many with a constant gate
 FAINT = 1e-200  # a float64 product below this may have lost what a later large state would bring back
 
@@ -148,16 +147,15 @@ def _blocked(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, r
     """The same in blocks; False, where that can be asked without waiting for a device, if the detour over products
     could differ from the plain loop."""
     steps = out.shape[1]
-    size = min(LONGEST, max(8, isqrt(steps // 3)))
-    count = steps // size
-    whole = count * size
+    count = steps // BLOCK
+    whole = count * BLOCK
     # The rest, less than a block, comes last.
     main, rest = slice(0, whole), slice(whole, None)
     if reverse:
         main, rest = slice(steps - whole, None), slice(0, steps - whole)
 
     def cut(a: Tensor) -> Tensor:  # (B, T, C) -> (B, N, K, C)
-        return a[:, main].unflatten(1, (count, size))
+        return a[:, main].unflatten(1, (count, BLOCK))
 
     constant = gates.shape[1] == 1
     g = gates[:, :, None] if constant else cut(gates)
@@ -165,8 +163,8 @@ def _blocked(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, r
 
     # In float64 products have range enough for float32, and no rounding of their own. Apple's GPUs have none.
     wide = torch.float32 if out.device.type == "mps" else torch.float64
-    factors = _order(g, 2, reverse) * (size if constant else 1)
-    product = g[:, :, 0].to(wide) ** size if constant else g.prod(2, dtype=wide)  # (B, N, C)
+    factors = _order(g, 2, reverse) * (BLOCK if constant else 1)
+    product = g[:, :, 0].to(wide) ** BLOCK if constant else g.prod(2, dtype=wide)  # (B, N, C)
     end = product.new_zeros(out.shape[0], count, out.shape[2])
     if x is not None:
         terms = _order(x, 2, reverse)
