@@ -75,5 +75,5 @@ def test_no_backend_copies_between_devices(placed: tuple[str, str | None]) -> No
     if device is None and library == "torch":
         pytest.skip("the numpy backend sees CPU tensors as views")
     model = RecurrentMixer.load(library=library, device=device)
-    with pytest.raises(srm_core.NoBackendError, match="the arrays are on cuda"):
+    with pytest.raises(srm_core.NoBackendError, match="the arrays are on cuda"), srm_core.use_backend("numpy"):
         model.forward(np.zeros((1, 3), int))

@@ -167,7 +167,7 @@ def test_nothing_waits_for_lengths(ctx: LaunchContext, gradient: bool) -> None:
             return super().__torch_dispatch__(op, types, args, kwargs)
 
     with Watch() as watch:
-        y, h, c = lstm._in_parts(x, h0, c0, weights, torch.tensor([100, 0, 37]), gradient)
+        y, h, c = lstm._in_parts(x, h0, c0, weights, torch.tensor([100, 0, 37]), gradient, True)
         forward = fused
         if gradient:
             torch.autograd.backward((y, h, c), [torch.ones_like(o) for o in (y, h, c)])

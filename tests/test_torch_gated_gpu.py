@@ -17,7 +17,7 @@ from srm_core.context import LaunchContext
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
-from srm_backends.torch import graphs, lstm, mdi_recurrence  # noqa: E402
+from srm_backends.torch import graphs, lstm, mdi_recurrence, recurrence  # noqa: E402
 from test_torch_gated import layer, loop_layer  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
@@ -93,6 +93,24 @@ def test_replays_in_inference_mode(ctx: LaunchContext) -> None:
             inside = loop(ctx, plain)
     close(loop(ctx, plain), inside)
     close(pulled(loop(ctx, leaves), leaves)[:2], inside)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("steps", [16, 63, 64, 2000])
+def test_recurrences_are_replayed(steps: int, constant: bool, reverse: bool) -> None:
+    """Values and gradients, on any strides, of every call; and those of the CPU."""
+    torch.manual_seed(steps)
+    gates = torch.rand(2, 1 if constant else steps, 12)[:, :, ::2]
+    host = [gates, torch.randn(2, steps, 6), torch.randn(2, 6)]
+    want = [t.requires_grad_() for t in host]
+    expected = pulled(recurrence.recurrence(*want, reverse), want)
+    for i in range(3):
+        leaves = [t.detach().to(DEVICE).requires_grad_() for t in host]
+        close(pulled(recurrence.recurrence(*leaves, reverse), leaves), expected)
+        assert bool(graphs._graphs) == (i > 0)
+    plain = [t.detach().mul(2).to(DEVICE) for t in host]
+    close(recurrence.recurrence(*plain, reverse), recurrence.recurrence(*(t.cpu() for t in plain), reverse))
 
 
 def test_gradients_twice(ctx: LaunchContext) -> None:

@@ -104,13 +104,20 @@ class LSTM(nn.Module):
                 below, outputs = torch.cat(outputs, 2), []
                 if self.dropout and self.training:
                     below = nn.functional.dropout(below, self.dropout)
-            weights = [getattr(self, f"{n}_{suffix}", None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-            start = (None, None) if hx is None else (hx[0][i], hx[1][i])
+            weights: Any = [getattr(self, f"{n}_{suffix}", None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+            h, c = self._zeros(x) if hx is None else (hx[0][i], hx[1][i])
             seen = _reversed(below, lengths) if backwards else below
-            y, h, c = srm_core.lstm(seen, *weights, *start, lengths=lengths)
+            y, h, c = srm_core.lstm(seen, *weights, h, c, lengths=lengths)
             outputs.append(_reversed(y, lengths) if backwards else y)
-            ends.append((h.to(x.dtype), c.to(x.dtype)) if hx is None else (h, c))
+            ends.append((h, c))
         return torch.cat(outputs, 2), (torch.stack([h for h, _ in ends]), torch.stack([c for _, c in ends]))
+
+    def _zeros(self, x: Tensor) -> tuple[Any, Any]:
+        """The state to begin with, if none is given: of a half dtype, where None would mean a float32 one."""
+        if x.dtype in (torch.float32, torch.float64):
+            return None, None
+        zeros = x.new_zeros(x.shape[0], self.hidden_size)
+        return zeros, zeros
 
     def _check(self, x: Tensor, hx: State | None) -> None:
         if x.shape[2] != self.input_size:

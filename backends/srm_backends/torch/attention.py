@@ -104,5 +104,8 @@ def _composed(
     if added.dim():
         added = merged(added.expand(batch, heads, steps, slots), rows, slots)
     factor = width**-0.5 if scale is None else scale
-    scores = torch.baddbmm(added, q, k.transpose(1, 2), beta=float(mask is not None), alpha=factor)  # (B * G, R, S)
+    if factor:
+        scores = torch.baddbmm(added, q, k.transpose(1, 2), beta=float(mask is not None), alpha=factor)  # (B * G, R, S)
+    else:  # which has no product then, and no NaN of it
+        scores = q @ k.transpose(1, 2) * factor + added
     return (scores.softmax(-1) @ v).view(batch, heads, steps, -1)

@@ -38,13 +38,14 @@ def _normalised(
         if scale is not None or shift is not None:
             like = y.new_zeros(y.shape[1], dtype=compute_dtype(x.dtype))
             gamma, beta = (None if p is None else p.contiguous() for p in (scale, shift))  # as it reads them
+            gamma = torch.ones_like(like) if gamma is None else gamma  # else its backward on CUDA fails
             y = batch_norm(y, like, torch.ones_like(like), gamma, beta, eps=NOTHING)
         return (_as(x, _activated(y, activation)),)
     if scale is not None:
         weight = weight.to(scale.dtype) * scale[:, None, None, None]
     weight = _as(x, as_dtype(weight, x.dtype))
     shift = None if shift is None else as_dtype(shift, x.dtype)
-    if activation and x.is_cuda and x.numel():
+    if activation and x.is_cuda and x.numel() and x.dtype is not torch.float64:  # which has none for float64
         return (_as(x, torch.cudnn_convolution_relu(x, weight, shift, g.stride, g.padding, g.dilation, g.groups)),)
     return (_as(x, _activated(conv2d(x, weight, shift, *g), activation)),)
 
@@ -128,8 +129,7 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, c: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-        mean = c.new_zeros(c.shape[1], dtype=compute_dtype(c.dtype))
-        unbiased = torch.zeros_like(mean)
+        mean, unbiased = c.new_zeros(2, c.shape[1], dtype=compute_dtype(c.dtype))
         # With a momentum of 1 the running statistics become those of the batch.
         y, save_mean, save_rate = torch.native_batch_norm(c, weight, bias, mean, unbiased, True, 1.0, eps)
         ctx.save_for_backward(c, weight, bias, save_mean, save_rate)

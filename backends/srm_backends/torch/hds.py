@@ -13,13 +13,13 @@ from srm_core.context import LaunchContext
 
 
 def _above(level: Tensor, size: int) -> Tensor:
-    """The level above: means of whole windows of `size` slots. level (..., M, D)."""
+    """The level above, in the dtype of computation: means of whole windows of `size` slots. level (..., M, D)."""
     count = level.shape[-2] // size
-    return level[..., : count * size, :].unflatten(-2, (count, size)).mean(-2)
+    return level[..., : count * size, :].unflatten(-2, (count, size)).mean(-2, dtype=compute_dtype(level.dtype))
 
 
 def pool(ctx: LaunchContext, memory: Tensor, *, num_levels: int, pool: int) -> tuple[Tensor, ...]:
-    levels, level = [], memory.to(compute_dtype(memory.dtype))
+    levels, level = [], memory
     for _ in range(1, num_levels):
         level = _above(level, pool)
         levels.append(level.to(memory.dtype) if level.dtype is not memory.dtype else level.contiguous())
@@ -38,7 +38,7 @@ def query(
 
 def _pooled(slots: Tensor, size: int) -> Tensor:
     """A level, whose slots are means of so many, in one go: what has no whole window above it drops out either way."""
-    return _above(slots.to(compute_dtype(slots.dtype)), size).to(slots.dtype)
+    return _above(slots, size).to(slots.dtype)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def update_(
         at = torch.where(good, at, 0)
         children = at[:, :, None] * pool + torch.arange(pool, device=at.device)  # (B, K, pool)
         read = _read(below, children.flatten(1)).unflatten(-2, (at.shape[1], pool))
-        means = read.to(compute_dtype(level.dtype)).mean(-2).to(level.dtype)
+        means = read.mean(-2, dtype=compute_dtype(level.dtype)).to(level.dtype)
         source = no_conflict(good)
         means = torch.where(_along(good, means), means, _read(level, at))
         _write(level, at.gather(1, source), _read(means, source))

@@ -18,20 +18,20 @@ def forward(
     ctx: LaunchContext, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
     h0: Tensor | None = None, c0: Tensor | None = None, *, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, h, c = _layer(ctx, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths)
+    y, h, c = _layer(ctx, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, ctx.precision)
     return y.to(x.dtype), h.to(state_dtype(h0, x)), c.to(state_dtype(c0, x))
 
 
 @under_policy("rnn")
 def _layer(
     x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
-    c0: Tensor | None, lengths: Tensor | None,
+    c0: Tensor | None, lengths: Tensor | None, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h_n, c_n) in the dtype of computation."""
     (batch, steps, _), width = x.shape, w_hh.shape[1]
     compute = x.dtype if _is_half(x, w_ih, w_hh, b_ih, b_hh, h0, c0) else compute_dtype(x.dtype)
     x, w_ih, w_hh = x.to(compute), w_ih.to(compute), w_hh.to(compute)
-    h, c = (x.new_zeros(batch, width) if s is None else s.to(compute) for s in (h0, c0))
+    h, c = (x.new_zeros(batch, width) if s is None else s.to(compute).contiguous() for s in (h0, c0))
     biases = [w_ih.new_zeros(len(w_ih)) if b is None else b.to(compute) for b in (b_ih, b_hh)]
     if not batch or not steps or not width:
         none = nothing_of(only(valid_steps(lengths, steps), x), w_ih, w_hh, *biases)
@@ -40,31 +40,34 @@ def _layer(
     if x.is_cuda:  # cuDNN wants them in one piece of memory, biases and all
         flat = torch.cat([w.reshape(-1) for w in weights])
         weights = [p.view(w.shape) for p, w in zip(flat.split([w.numel() for w in weights]), weights, strict=True)]
-    train = wants_gradient(x, *weights, h, c)
+    train, exact = wants_gradient(x, *weights, h, c), precision == "ieee"
     if lengths is None:
-        return _run(x, h, c, weights, train)
+        return _run(x, h, c, weights, train, exact)
     x = only(valid_steps(lengths, steps), x)
     form = _at_once if x.device.type == "cpu" and _are_small(x, h, c, *weights) else _in_parts
-    y, h, c = form(x, h, c, weights, lengths, train)
+    y, h, c = form(x, h, c, weights, lengths, train, exact)
     return only(valid_steps(lengths, steps), y), h, c
 
 
 def _is_half(x: Tensor, *others: Tensor | None) -> bool:
-    """Is all of it of one half type, on CUDA? cuDNN accumulates in float32 and rounds the states that it gives; oneDNN
-    would round the cell between steps, too."""
-    h0, c0 = others[-2:]
-    return x.is_cuda and None not in (h0, c0) and all(t is None or t.dtype is x.dtype for t in others)
+    """Is all of it of one half type, on CUDA and without gradients? cuDNN accumulates in float32 and rounds the states
+    that it gives; its gradients are rounded further, and oneDNN would round the cell between steps."""
+    if not x.is_cuda or others[-2] is None or others[-1] is None or wants_gradient(x, *others):
+        return False
+    return all(t is None or t.dtype is x.dtype for t in others)
 
 
 def _are_small(*tensors: Tensor) -> bool:
     return all(float(torch.linalg.vector_norm(t.detach())) < SMALL for t in tensors)
 
 
-def _run(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], train: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """All the steps. Of up to SMALL_WIDTH channels cuDNN has a kernel whose sigmoids are good for half types alone,
-    which it does not take for sequences that are packed."""
+def _run(
+    x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], train: bool, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All the steps. Of up to SMALL_WIDTH channels cuDNN has a kernel whose sigmoids are good to 16 bits alone, which
+    it does not take for sequences that are packed: so they are, to be exact."""
     (batch, steps, _), states = x.shape, (h[None], c[None])
-    if x.is_cuda and x.dtype is torch.float32 and h.shape[1] <= SMALL_WIDTH:
+    if exact and x.is_cuda and x.dtype is torch.float32 and h.shape[1] <= SMALL_WIDTH:
         packed, sizes = x.transpose(0, 1).flatten(0, 1), torch.full((steps,), batch)
         y, h, c = torch._VF.lstm(packed, sizes, states, weights, True, 1, 0.0, train, False)
         y = y.view(steps, batch, -1).transpose(0, 1)
@@ -74,7 +77,13 @@ def _run(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], train: bool) ->
 
 
 def _at_once(
-    x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], lengths: Tensor, train: bool
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: list[Tensor],
+    lengths: Tensor,
+    train: bool,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Within the lengths: all steps, and past a length an input of its own shuts i and opens f, so that c stays.
 
@@ -85,13 +94,19 @@ def _at_once(
     hold = w_ih.new_tensor([-SHUT, SHUT, 0, 0]).repeat_interleave(len(w_ih) // 4)
     x = torch.cat([x, beyond[..., None]], 2)
     held = torch.cat([w_ih, hold[:, None]], 1)
-    y, _, kept = _run(x, torch.where(some, h, 0.0), torch.where(some, c, 0.0), [held, *others], train)
+    y, _, kept = _run(x, torch.where(some, h, 0.0), torch.where(some, c, 0.0), [held, *others], train, exact)
     last = y[torch.arange(batch), lengths.clamp(1) - 1]
     return y, torch.where(some, last, h), torch.where(some, kept, c)
 
 
 def _in_parts(
-    x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], lengths: Tensor, train: bool
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: list[Tensor],
+    lengths: Tensor,
+    train: bool,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Within the lengths, whatever the weights are, and without a look at either: runs of half of the steps, of half of
     the rest, and so on.
@@ -111,7 +126,7 @@ def _in_parts(
         index = row * steps + done + every[:size]
         taken = source.index_select(0, index.reshape(-1)).view(batch, size, inputs)
         taken = torch.where(takes[:, :, None], taken, 1.0)
-        y, h_end, c_end = _run(taken, torch.where(takes, h, 1.0), torch.where(takes, c, 1.0), weights, train)
+        y, h_end, c_end = _run(taken, torch.where(takes, h, 1.0), torch.where(takes, c, 1.0), weights, train, exact)
         h, c = torch.where(takes, h_end, h), torch.where(takes, c_end, c)
         since = every - done
         place = torch.where(takes & (since >= 0) & (since < size), batch * begin + row * size + since, place)

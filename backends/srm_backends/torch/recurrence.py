@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from srm_backends.torch.common import wants_gradient
+from srm_backends.torch.graphs import replayed
 
 SHORT = 64  # fewer steps than this run one by one
 BLOCK = 16  # steps: with more, there are more launches than the next level needs; with fewer, it is a longer one
 ROW = 1024  # on a CPU a step of more elements is worth its launch, of twice as many with a constant gate
+FEW, SMALL = 16, 1 << 25  # on CUDA: from so many steps on, of at most so many bytes, the launches are a graph's
 FAINT = 1e-200  # a float64 product below this may have lost what a later large state would bring back
 
 
@@ -113,13 +115,29 @@ def _adjoint(gates: Tensor, grad_y: Tensor, grad_last: Tensor, reverse: bool) ->
 def _run(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, reverse: bool) -> Tensor:
     """Write y into out; returns the last state, in memory of its own."""
     with torch.no_grad():
-        if out.numel() == 0:
-            return state.clone()
-        steps, row = out.shape[1], out.shape[0] * out.shape[2]
-        wide = row > (2 * ROW if gates.shape[1] == 1 else ROW)
-        if steps < SHORT or (_on_host(out) and wide) or not _blocked(gates, tokens, state, out, reverse):
-            return _serial(gates, tokens, state, out, reverse).clone()
-        return out[:, 0 if reverse else -1].clone()
+        if out.is_cuda and out.shape[1] >= FEW and out.numel() * out.element_size() <= SMALL:
+            last = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+            inputs = (gates, state) if tokens is None else (gates, state, tokens)
+            replayed(_replay, (out, last), inputs, reverse, "")
+            return last
+        return _launch(gates, tokens, state, out, reverse)
+
+
+def _replay(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], reverse: bool) -> None:
+    gates, state, *tokens = inputs
+    out, last = outputs
+    last.copy_(_launch(gates, tokens[0] if tokens else None, state, out, reverse))
+
+
+def _launch(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, reverse: bool) -> Tensor:
+    """One operation after the other."""
+    if out.numel() == 0:
+        return state.clone()
+    steps, row = out.shape[1], out.shape[0] * out.shape[2]
+    wide = row > (2 * ROW if gates.shape[1] == 1 else ROW)
+    if steps < SHORT or (_on_host(out) and wide) or not _blocked(gates, tokens, state, out, reverse):
+        return _serial(gates, tokens, state, out, reverse).clone()
+    return out[:, 0 if reverse else -1].clone()
 
 
 def _order(a: Tensor, axis: int, reverse: bool) -> list[Tensor]:
@@ -182,7 +200,7 @@ def _blocked(gates: Tensor, tokens: Tensor | None, state: Tensor, out: Tensor, r
     first, others, done = (-1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))
     between[:, first] = state
     if count > 1:
-        _run(product if constant else product[:, done], end[:, done], between[:, first], between[:, others], reverse)
+        _launch(product if constant else product[:, done], end[:, done], between[:, first], between[:, others], reverse)
     _serial(g, x, between.to(out.dtype), cut(out), reverse, axis=2)
     if whole < steps:
         middle = out[:, steps - whole] if reverse else out[:, whole - 1]

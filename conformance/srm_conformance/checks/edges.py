@@ -21,9 +21,9 @@ TINY = 1e-41  # times an argument: below the smallest normal number of float32, 
 CASES = 4
 CONVOLUTIONS = ("conv_bn", "conv_bn_train")
 # Whether the zeros about an image, or those between the pixels of a strided gradient, times NaN are NaN is left open;
-# so is what an infinite weight gives with statistics that are folded into it, where infinities cancel.
+# so is what an infinite bn_weight gives: infinities cancel if it is folded into the kernels, not if it comes after.
 OPEN = {*((op, "weight", word) for op in CONVOLUTIONS for word in ("nan", "infinity", "minus_infinity"))}
-OPEN |= {("conv_bn_train", "bn_weight", word) for word in ("infinity", "minus_infinity")}
+OPEN |= {(op, "bn_weight", word) for op in CONVOLUTIONS for word in ("infinity", "minus_infinity")}
 
 
 def edges(target: Target) -> Iterator[Item]:
