@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -247,39 +246,3 @@ def test_lstm_does_not_wait_for_lengths(ctx: LaunchContext) -> None:
         torch.autograd.grad((y, h, c), leaves, [torch.ones_like(o) for o in (y, h, c)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_timings(ctx: LaunchContext, capsys: pytest.CaptureFixture[str]) -> None:
-    """Printed, with one thing asked: a replay is no slower than the steps one by one."""
-
-    def took(call: Callable[[], Any], times: int = 5) -> float:
-        call()
-        call()
-        torch.cuda.synchronize()
-        best = float("inf")
-        for _ in range(times):
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return best * 1e3
-
-    for width in (128, 256, 512):
-        leaves = on_device(loop_layer(16, 256, width))
-        plain = tuple(t.detach() for t in leaves)
-        rows = {
-            "forward": lambda p=plain: loop(ctx, p),
-            "with gradients": lambda s=leaves: pulled(loop(ctx, s), s),
-        }
-        for name, call in rows.items():
-            ours, steps = took(call), eagerly(lambda c=call: took(c))
-            with capsys.disabled():
-                print(f"\nmdi_recurrence B16 T256 D{width} {name}: {ours:.2f} ms, {steps:.2f} ms step by step", end="")
-            assert ours < steps
-    for steps, width in ((1024, 512), (32, 256)):
-        layers = tuple(t.detach() for t in on_device(layer(16, steps, width, width)))
-        ends = torch.randint(1, steps + 1, (16,), device=DEVICE)
-        whole = took(lambda a=layers: lstm.forward(ctx, *a, lengths=None))
-        within = took(lambda a=layers, e=ends: lstm.forward(ctx, *a, lengths=e))
-        with capsys.disabled():
-            print(f"\nlstm B16 T{steps} H{width}: {whole:.2f} ms, within lengths {within:.2f} ms", end="")

@@ -104,10 +104,10 @@ class LSTM(nn.Module):
                 below, outputs = torch.cat(outputs, 2), []
                 if self.dropout and self.training:
                     below = nn.functional.dropout(below, self.dropout)
-            weights: Any = [getattr(self, f"{n}_{suffix}", None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-            h, c = self._zeros(x) if hx is None else (hx[0][i], hx[1][i])
-            seen = _reversed(below, lengths) if backwards else below
-            y, h, c = srm_core.lstm(seen, *weights, h, c, lengths=lengths)
+            weights = [getattr(self, f"{n}_{suffix}", None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+            start = self._zeros(x) if hx is None else (hx[0][i], hx[1][i])
+            given: Any = (_reversed(below, lengths) if backwards else below, *weights, *start)
+            y, h, c = srm_core.lstm(*given, lengths=lengths)
             outputs.append(_reversed(y, lengths) if backwards else y)
             ends.append((h, c))
         return torch.cat(outputs, 2), (torch.stack([h for h, _ in ends]), torch.stack([c for _, c in ends]))

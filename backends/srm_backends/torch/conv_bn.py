@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from srm_backends.torch.policy import under_policy
 from srm_core.context import LaunchContext
 from srm_core.ops.conv_bn.convolution import geometry
 
+HALF = (torch.float16, torch.bfloat16)
 NOTHING = 1e-30  # beside 1, in batch norm's eps, which must be above 0
 
 
@@ -34,13 +34,14 @@ def _normalised(
     scale, shift = _line(compute_dtype(x.dtype), bias, mean, var, bn_weight, bn_bias, eps)
     if wants_gradient(x, weight, scale, shift):
         # As torch would have it: folded, the gradients of the vectors were sums in the dtype of x.
-        y = conv2d(x, _as(x, weight.to(x.dtype)), None, *g)
+        y = _exactly_summed(conv2d(x, _as(x, weight.to(x.dtype)), None, *g))
         if scale is not None or shift is not None:
             like = y.new_zeros(y.shape[1], dtype=compute_dtype(x.dtype))
-            gamma, beta = (None if p is None else p.contiguous() for p in (scale, shift))  # as it reads them
+            # It reads a strided one as if it were dense.
+            gamma, beta = (None if p is None else p.to(like.dtype).contiguous() for p in (scale, shift))
             gamma = torch.ones_like(like) if gamma is None else gamma  # else its backward on CUDA fails
             y = batch_norm(y, like, torch.ones_like(like), gamma, beta, eps=NOTHING)
-        return (_as(x, _activated(y, activation)),)
+        return (_as(x, _activated(y.to(x.dtype), activation)),)
     if scale is not None:
         weight = weight.to(scale.dtype) * scale[:, None, None, None]
     weight = _as(x, as_dtype(weight, x.dtype))
@@ -55,6 +56,8 @@ def _line(
     bn_bias: Tensor | None, eps: float,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(scale, shift) of a channel: what follows the convolution is scale * c + shift. None: 1, and 0."""
+    if mean is None and var is None and bn_weight is None and bn_bias is None:
+        return None, bias  # as a module keeps it, in the dtype of x: not cast to and fro
     scale = None if bn_weight is None else bn_weight.to(compute)
     if var is not None:
         rate = torch.rsqrt(var.to(compute) + eps)
@@ -72,6 +75,11 @@ def _line(
 def _as(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory format of x."""
     return y.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
+
+
+def _exactly_summed(c: Tensor) -> Tensor:
+    """c, or c in float32 where torch's batch norm would add the gradients of a channel in a half type."""
+    return c.float() if c.is_cuda and c.dtype in HALF and not channels_last(c) else c
 
 
 def _activated(y: Tensor, activation: str | None) -> Tensor:
@@ -129,14 +137,16 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, c: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-        mean, unbiased = c.new_zeros(2, c.shape[1], dtype=compute_dtype(c.dtype))
-        # With a momentum of 1 the running statistics become those of the batch.
-        y, save_mean, save_rate = torch.native_batch_norm(c, weight, bias, mean, unbiased, True, 1.0, eps)
-        ctx.save_for_backward(c, weight, bias, save_mean, save_rate)
+        var = c.new_zeros(c.shape[1], dtype=compute_dtype(c.dtype))
+        # With this momentum a running variance, which is unbiased, becomes the variance of the batch.
+        pixels = c.numel() // c.shape[1]
+        y, mean, save_rate = torch.native_batch_norm(
+            c, weight, bias, torch.empty_like(var), var, True, (pixels - 1) / pixels, eps
+        )
+        ctx.save_for_backward(c, weight, bias, mean, save_rate)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        pixels = prod(c.shape) // c.shape[1]
-        return y, mean, unbiased * ((pixels - 1) / pixels)
+        return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad_y: Any, grad_mean: Any, grad_var: Any) -> Any:
@@ -146,10 +156,12 @@ class BatchNorm(torch.autograd.Function):
         d_c = d_weight = d_bias = None
         if grad_y is not None:
             mask = [True, weight is not None, bias is not None]
+            wide, grad = _exactly_summed(c), _as(c, grad_y)
             d_c, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                _as(c, grad_y), c, weight, None, None, save_mean, save_rate, True, ctx.eps, mask
+                grad.to(wide.dtype), wide, weight, None, None, save_mean, save_rate, True, ctx.eps, mask
             )
-        pixels = prod(c.shape) // c.shape[1]
+            d_c = d_c.to(c.dtype)
+        pixels = c.numel() // c.shape[1]
         if grad_mean is not None or grad_var is not None:
             of_c = c.new_zeros((), dtype=save_mean.dtype)
             if grad_mean is not None:

@@ -39,8 +39,8 @@ def at_positions(parameter: Tensor, positions: Tensor) -> Tensor:
     inside = (positions >= 0) & (positions <= last)
     if last < 0:  # there is nothing to take; one column in its place, which nobody sees
         parameter, last = torch.nn.functional.pad(parameter, (0, 1)), 0
-    # Not by [...]: a position without axes would be asked for its value.
-    taken = parameter.T.index_select(0, positions.clamp(0, last).reshape(-1)).view(*positions.shape, len(parameter))
+    # A position without axes would be asked for its value.
+    taken = parameter.T[positions.clamp(0, last).reshape(-1)].view(*positions.shape, len(parameter))
     return torch.where(inside[..., None], taken, torch.nan)
 
 
