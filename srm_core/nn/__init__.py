@@ -18,7 +18,13 @@ _MODULES = {
     "conv_bn": ("ConvBN2d",),
     "lstm": ("LSTM",),
     "attention": ("Attention",),
-    "mmrec": ("MemoryDecayIntegration", "MultiMemoryAttention"),
+    "memory": ("MemoryBank", "MemoryState", "HierarchicalDataStructure"),
+    "mmrec": ("MemoryDecayIntegration", "MultiMemoryAttention", "MMRecBlock"),
+    "neural_components": (
+        "TritonAttention", "TritonLSTM", "TritonConvBN", "create_triton_attention", "create_triton_lstm",
+        "create_triton_conv_bn", "benchmark_neural_components",
+    ),
+    "patching": ("patch",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -13,6 +13,7 @@ from srm_core.contract import host_tuple
 from srm_core.errors import ContractError
 
 NAME = "ConvBN2d"
+OTHERS = "statistics over processes, as of SyncBatchNorm, and weights that are computed are not supported"
 
 
 class ConvBN2d(nn.Module):
@@ -54,6 +55,9 @@ class ConvBN2d(nn.Module):
     def _take(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | None) -> None:
         if activation not in (None, "relu"):
             raise ContractError(NAME, "activation", repr(activation), '"relu" or None')
+        for name, module, required in (("conv", conv, nn.Conv2d), ("bn", bn, nn.BatchNorm2d)):
+            if type(module) is not required:  # a subclass may compute anything else
+                raise ContractError(NAME, name, type(module).__name__, f"torch.nn.{required.__name__} itself", OTHERS)
         if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             found = f"padding={conv.padding!r}, padding_mode={conv.padding_mode!r}"
             raise ContractError(NAME, "padding", found, "numbers, and zeros about the image")
@@ -63,34 +67,47 @@ class ConvBN2d(nn.Module):
         if bn.running_mean is None:
             raise ContractError(NAME, "bn", "track_running_stats=False", "running statistics")
         self.conv, self.bn, self.activation = conv, bn, activation
-        self._kept: tuple[Any, Tensor, Tensor] | None = None
+        self._kept: tuple[Any, Any, Tensor, Tensor] | None = None
 
     @classmethod
     def from_torch(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | None = None) -> ConvBN2d:
         """A module over the same parameters and statistics, which are shared, not copied.
 
-        Errors: `ContractError` for another padding than zeros, or batch norm without running statistics.
+        Errors: `ContractError` for another padding than zeros, batch norm without running statistics, and subclasses,
+        such as those that `torch.nn.SyncBatchNorm` or a parametrization make.
         """
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._take(conv, bn, activation)
-        return made.train(bn.training)
+        made.training = bn.training
+        return made
+
+    def to_torch(self) -> nn.Sequential:
+        """The same as torch's own modules over the same tensors: convolution, batch norm, and ReLU if there is one."""
+        pair = nn.Sequential(self.conv, self.bn, *([nn.ReLU()] if self.activation else []))
+        pair.training = self.training
+        return pair
 
     def train(self, mode: bool = True) -> ConvBN2d:
         """As of every module; also forgets the fold."""
-        self._kept = None
+        self.forget()
         return super().train(mode)
+
+    def forget(self) -> None:
+        """Fold anew at the next call: for a write that torch does not tell of."""
+        self._kept = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, H, W) -> (B, O, P, Q), of x's dtype and memory format; channels-last is the fast one."""
-        conv, bn = self.conv, self.bn
+        conv: Any = self.conv
+        bn: Any = self.bn
         options = {
             "stride": host_tuple(conv.stride), "padding": host_tuple(conv.padding),
             "dilation": host_tuple(conv.dilation), "groups": conv.groups, "activation": self.activation,
         }  # fmt: skip
         if bn.training:
             y, mean, var = srm_core.conv_bn_train(x, conv.weight, conv.bias, bn.weight, bn.bias, eps=bn.eps, **options)
-            self._observe(mean.detach(), var.detach(), y.numel() // y.shape[1])
+            observe(bn.running_mean, bn.running_var, mean, var, y.numel() // y.shape[1], self._rate())
             return y
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._wants_gradient(x)):
             statistics = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
@@ -98,32 +115,27 @@ class ConvBN2d(nn.Module):
         weight, bias = self._folded(x)
         return srm_core.conv_bn(x, weight, bias, None, None, **options)
 
+    def _rate(self) -> Any:
+        """The momentum of this batch, which is counted; without one the statistics are the mean of all batches."""
+        bn: Any = self.bn
+        bn.num_batches_tracked.add_(1)
+        return 1 / bn.num_batches_tracked.to(bn.running_mean.dtype) if bn.momentum is None else bn.momentum
+
     def _wants_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or any(p.requires_grad for p in self.parameters())
-
-    @torch.no_grad()
-    def _observe(self, mean: Tensor, var: Tensor, pixels: int) -> None:
-        """Move the running statistics towards those of the batch, the variance by its unbiased estimate."""
-        bn: Any = self.bn
-        if pixels < 2:
-            found = f"{pixels} values a channel"
-            raise ContractError(NAME, "x", found, "at least two in training, which a variance is made of")
-        bn.num_batches_tracked.add_(1)
-        rate = bn.momentum if bn.momentum is not None else 1 / bn.num_batches_tracked.to(bn.running_mean.dtype)
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), rate)
-        bn.running_var.lerp_((var * (pixels / (pixels - 1))).to(bn.running_var.dtype), rate)
 
     def _folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The weight and bias that do both, in x's dtype and memory format."""
         conv, bn = self.conv, self.bn
         made_of = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        key = (x.dtype, last, bn.eps, tuple(None if t is None else _state(t) for t in made_of))
+        key = (x.dtype, last, bn.eps, *(None if t is None else _state(t) for t in made_of))
         kept = self._kept
         if kept is None or kept[0] != key:
             with torch.no_grad():
-                kept = self._kept = (key, *_fold(conv, bn, x.dtype, last))
-        return kept[1], kept[2]
+                alive = tuple(None if t is None else (t, t.detach()) for t in made_of)
+                kept = self._kept = (key, alive, *_fold(conv, bn, x.dtype, last))
+        return kept[2], kept[3]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": None}  # identities mean nothing in another process, or copy
@@ -132,9 +144,21 @@ class ConvBN2d(nn.Module):
         return f"activation={self.activation!r}"
 
 
+@torch.no_grad()
+def observe(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, pixels: int, rate: Any) -> None:
+    """Move running statistics by `rate` towards those of a batch: the variance by its unbiased estimate, of so many
+    pixels."""
+    if pixels < 2:
+        found = f"{pixels} values a channel"
+        raise ContractError(NAME, "x", found, "at least two in training, which a variance is made of")
+    running_mean.lerp_(mean.detach().to(running_mean.dtype), rate)
+    running_var.lerp_((var.detach() * (pixels / (pixels - 1))).to(running_var.dtype), rate)
+
+
 def _state(t: Tensor) -> tuple[Any, ...]:
-    """What changes when a tensor does: it was replaced, given other memory, or written to."""
-    return id(t), t.data_ptr(), t.dtype, t.device, 0 if t.is_inference() else t._version
+    """What changes when a tensor does: it was replaced, given other memory, or written to. Tensor and memory have to
+    be kept alive, else another one may get their place."""
+    return id(t), t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 def _fold(conv: nn.Conv2d, bn: Any, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor]:
