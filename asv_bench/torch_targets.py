@@ -23,6 +23,9 @@ import torch.nn.functional as F
 
 import srm_core
 import srm_core.nn
+from srm_core.hookspecs import hookimpl
+from srm_core.registry import local_plugin
+from srm_core.spec import BackendInfo, Kernel
 
 Row = tuple[str, str, Callable[[], Any], dict[str, Callable[[], Any]]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,38 +277,68 @@ def conv_rows() -> Iterator[Row]:
         yield "conv_bn_train", f"N{batch} C{channels} {size}^2 K{out} {kernel}x{kernel}", train, {"eager": eager_train}
 
 
+def trivial(ctx: Any, x: Any, state: Any, *others: Any) -> Any:
+    return x * 2, state * 2
+
+
+def trivial_backward(ctx: Any, residuals: Any, d_y: Any, d_state: Any) -> Any:
+    return d_y * 2, d_state * 2, None, None, None
+
+
+class Trivial:
+    """A backend whose kernel does next to nothing: what is left is what a call costs."""
+
+    @hookimpl
+    def srm_backend_info(self) -> BackendInfo:
+        kernel = Kernel(
+            "recurrent_step", f"{__name__}:trivial", f"{__name__}:trivial_backward", arrays=("torch",),
+            platforms=("cpu", "cuda"),
+        )  # fmt: skip
+        return BackendInfo("trivial", tech="torch", platforms=("cpu", "cuda"), kernels=(kernel,))
+
+
+class Plain(torch.autograd.Function):
+    """The same as a user would write it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, state: Any, weight: Any, bias: Any, decay: Any, mode: Any, index: Any) -> Any:
+        ctx.save_for_backward(x, state, weight, bias, decay)
+        ctx.mode, ctx.index = mode, index
+        return trivial(None, x, state)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Any, d_state: Any) -> Any:
+        saved = ctx.saved_tensors
+        return (*trivial_backward(None, saved, d_y, d_state), None, None)
+
+
 def call_rows() -> Iterator[Row]:
-    """A call of next to no work with gradients: what an autograd.Function of its own costs beside."""
+    """A call of five tensors with gradients, beside an autograd.Function; without them, beside the function itself."""
     x, state = rand(4, 2, 8, gradient=True), rand(4, 2, 8)
-    weight, bias, decay = rand(2, 16), rand(2, 16), rand(2)
+    others = (rand(2, 16), rand(2, 16), rand(2), ("row", "col"), 3)
+    plain = x.detach()
 
-    class Plain(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *a: torch.Tensor) -> Any:
-            ctx.save_for_backward(*a)
-            return a[0] * 2, a[1] * 2
+    def many(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> None:
+            for _ in range(1000):
+                call()
 
-        @staticmethod
-        def backward(ctx: Any, *g: torch.Tensor) -> Any:
-            return (*g, None, None, None)
+        return run
 
-    def ours() -> Any:
-        return srm_core.recurrent_step(x, state, weight, bias, decay, ("row", "col"), 3, backend="numpy")
+    def pulled(call: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(call(x, state, *others), x, (state, state))
 
-    from srm_core.torch_ops.autograd import pinned  # noqa: F401  (imported before it is timed)
+    def ours(x: Any, *rest: Any) -> Any:
+        return srm_core.recurrent_step(x, *rest, backend="trivial")
 
-    if not LARGE:
-        yield (
-            "recurrent_step with gradients (numpy)",
-            "B4 H2 D8",
-            ours,
-            {
-                "a plain autograd.Function": lambda: Plain.apply(x, state, weight, bias, decay),
-                "srm_core.vjp": lambda: srm_core.vjp(
-                    "recurrent_step", x, state, weight, bias, decay, ("row", "col"), 3, backend="numpy"
-                ),
-            },
-        )
+    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "without": (lambda: ours(plain, state, *others), lambda: trivial(None, plain, state, *others)),
+        "with, forward": (lambda: ours(x, state, *others), lambda: Plain.apply(x, state, *others)),
+        "with, forward and backward": (pulled(ours), pulled(Plain.apply)),
+    }
+    with local_plugin("trivial", Trivial()):
+        for name, (one, other) in pairs.items():
+            yield "1000 calls, gradients", name, many(one), {"a user's own": many(other)}
 
 
 def main() -> None:

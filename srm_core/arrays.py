@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -33,8 +34,9 @@ class Library(Protocol):
 
     def platform(self, x: Any) -> str: ...
 
-    def device_key(self, x: Any) -> Any:
-        """Something that can be hashed and tells the device of `x` from the library's others."""
+    def device_key(self) -> Callable[[Any], Any]:
+        """A function that gives something that can be hashed and tells the device of an array from the library's
+        others."""
 
     def strides(self, x: Any) -> tuple[float, ...]:
         """Strides in elements: fractions for a field of records, whose items lie apart by another size."""
@@ -69,8 +71,8 @@ class _NumPy:
     def platform(self, x: Any) -> str:
         return "cpu"
 
-    def device_key(self, x: Any) -> Any:
-        return None
+    def device_key(self) -> Callable[[Any], Any]:
+        return _nowhere
 
     def strides(self, x: Any) -> tuple[float, ...]:
         return tuple(s / x.itemsize for s in x.strides)
@@ -110,10 +112,16 @@ class _Torch:
     def platform(self, x: Any) -> str:
         return str(x.device.type)
 
-    def device_key(self, x: Any) -> Any:
-        # What `refuse` looks at is part of the key, so that a hit cannot accept what a miss refuses.
-        torch = sys.modules["torch"]
-        return x.device, x.requires_grad and torch.is_grad_enabled(), x.layout, x.is_conj(), x.is_neg()
+    def device_key(self) -> Callable[[Any], Any]:
+        is_grad_enabled = sys.modules["torch"].is_grad_enabled
+
+        def key(x: Any) -> Any:
+            # What `refuse` looks at is part of the key, so that a hit cannot accept what a miss refuses. True for the
+            # CPU, as a device takes its time to be hashed and compared.
+            device = x.is_cpu or x.device
+            return device, x.requires_grad and is_grad_enabled(), x.layout, x.is_conj(), x.is_neg()
+
+        return key
 
     def strides(self, x: Any) -> tuple[float, ...]:
         return tuple(x.stride())
@@ -151,8 +159,8 @@ class _CuPy:
     def platform(self, x: Any) -> str:
         return "cuda"
 
-    def device_key(self, x: Any) -> Any:
-        return x.device.id  # a Device of CuPy cannot be hashed
+    def device_key(self) -> Callable[[Any], Any]:
+        return lambda x: x.device.id  # a Device of CuPy cannot be hashed
 
     def strides(self, x: Any) -> tuple[float, ...]:
         return tuple(s / x.itemsize for s in x.strides)
@@ -174,11 +182,31 @@ LIBRARIES: dict[str, Library] = {"numpy": _NumPy(), "torch": _Torch(), "cupy": _
 
 def library_of(x: Any) -> str | None:
     """The name of the library that `x` is an array of; None if it is no array known here."""
-    for kind in type(x).__mro__:
-        root = kind.__module__.partition(".")[0]
+    return _library_of_type(x.__class__)
+
+
+@lru_cache(maxsize=1024)
+def _library_of_type(kind: type) -> str | None:
+    for base in kind.__mro__:
+        root = base.__module__.partition(".")[0]
         # numpy scalars (np.float32(1)) live in numpy, too, but are no arrays.
-        if root in LIBRARIES and kind.__name__ in ("ndarray", "Tensor"):
+        if root in LIBRARIES and base.__name__ in ("ndarray", "Tensor"):
             return root
+    return None
+
+
+class DeviceKeys(dict[type, Callable[[Any], Any]]):
+    """By type, what a call's key has of an array beside type, shape and dtype: where it is, and whatever else decides
+    how it may be used. It is asked for each array of each call."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        library = _library_of_type(kind)
+        # NumPy's scalars are on no device.
+        self[kind] = found = LIBRARIES[library].device_key() if library else _nowhere
+        return found
+
+
+def _nowhere(x: Any) -> Any:
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from srm_core.arrays import LIBRARIES, library_of
+from srm_core.arrays import LIBRARIES, DeviceKeys, library_of
 from srm_core.bridge import Bridge
 from srm_core.config import CURRENT, State
 from srm_core.context import LaunchContext
@@ -27,6 +27,7 @@ from srm_core.registry import Registry, on_reload, registry, resolve
 from srm_core.spec import OpSpec, TensorSpec
 
 logger = logging.getLogger(__name__)
+_DEVICES = DeviceKeys()
 MEMO_LIMIT = 4096  # keys an operator remembers; beyond that it starts afresh
 
 
@@ -204,7 +205,9 @@ def _compile(operator: Operator, layout: bool) -> tuple[Callable[..., Any], Call
     options: list[str] = []
     for p in operator.spec.parameters:
         n = "_one" if isinstance(p, TensorSpec) and p.many else p.name
-        seen = f"{n}.__class__, {n}.shape, {n}.dtype, None if {n}.__class__ is _ndarray else _device({n})"
+        seen = (
+            f"{n}.__class__, {n}.shape, {n}.dtype, None if {n}.__class__ is _ndarray else _devices[{n}.__class__]({n})"
+        )
         if layout:
             seen += f", _strides({n})"
         if isinstance(p, TensorSpec) and p.many:
@@ -231,7 +234,7 @@ def _compile(operator: Operator, layout: bool) -> tuple[Callable[..., Any], Call
     scope: dict[str, Any] = {
         "_current": CURRENT.get, "_memo": operator.memo, "_miss": operator.plan, "_remember": _remember,
         "_announce": _announce, "_passed": PASSED, "_kernel_error": kernel_error,
-        "_strides": _strides, "_device": _device, "_ndarray": np.ndarray,
+        "_strides": _strides, "_devices": _DEVICES, "_ndarray": np.ndarray,
         "_modules": sys.modules, "_again": operator.first_run,
     }  # fmt: skip
     if special is SPECIAL:
@@ -251,11 +254,6 @@ def _remember(memo: dict[Any, Plan], key: Any, plan: Plan) -> None:
 
 def _announce(decision: Decision) -> None:
     registry().plugins.notify(decision)
-
-
-def _device(x: Any) -> Any:
-    library = library_of(x)
-    return LIBRARIES[library].device_key(x) if library else None  # NumPy's scalars are on none
 
 
 def _strides(x: Any) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ class Recording:
         self.spec, self.decision = call.spec, decision
         self.output_names = call.output_names()
         self.library, self.device, self.state = call.array_library, call.device, state
+        self.context = LaunchContext(call.array_library, call.device, state)
         self.bridge = None if call.array_library in kernel.arrays else Bridge(call, kernel.arrays, state)
         forward = resolve(kernel.forward)
         if kernel.backward == "autograd":
@@ -60,8 +61,7 @@ class Recording:
         """The gradients of the inputs, of those of the outputs, one array each. wanted: the names; None: all."""
         try:
             if self.bridge is None:
-                context = LaunchContext(self.library, self.device, self.state)
-                return tuple(self._backward(context, Residuals(args, options, kept, wanted), *grads))
+                return tuple(self._backward(self.context, Residuals(args, options, kept, wanted), *grads))
             foreign = self.bridge.context()
             seen, named = self.bridge.all_inward(args, options)
             inward = [self.bridge.inward(n, g) for n, g in zip(self.output_names, grads, strict=True)]

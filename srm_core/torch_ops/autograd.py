@@ -3,7 +3,7 @@ backward of a kernel made of differentiable operations as a function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,41 +56,73 @@ class Tape:
         return tuple(by_name.get(n) for n in self.spec.differentiable)
 
 
+class Layout:
+    """Where in the values of a recording's calls, arguments and then options, the tensors are. It is the same in each
+    of them, and asked for at each: so it is found out once."""
+
+    def __init__(self, recording: Recording, values: tuple[Any, ...], options: tuple[str, ...]) -> None:
+        self.recording, self.options, self.count = recording, options, len(values) - len(options)
+        self.tensors = tuple(i for i, v in enumerate(values) if isinstance(v, torch.Tensor))
+        self.names = [p.name for p in recording.spec.parameters]
+        self.sources = tuple(self.names.index(n) for n in recording.spec.differentiable)
+
+        self._wanted: dict[tuple[bool, ...], tuple[str, ...]] = {}
+
+    def split(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(arguments, options)."""
+        if not self.options:
+            return tuple(values), {}
+        return tuple(values[: self.count]), dict(zip(self.options, values[self.count :], strict=True))
+
+    def wanted(self, needed: tuple[bool, ...]) -> tuple[str, ...]:
+        """The names of the values that need gradients."""
+        found = self._wanted.get(needed)
+        if found is None:
+            found = self._wanted[needed] = tuple(n for n, needs in zip(self.names, needed, strict=True) if needs)
+        return found
+
+
 class Pinned(torch.autograd.Function):
     """The node of a kernel with a backward of its own, whatever is selected when the backward comes."""
 
     @staticmethod
-    def forward(ctx: Any, recording: Recording, options: tuple[str, ...], *values: Any) -> Any:
-        count = len(values) - len(options)
-        result, kept = recording.run(values[:count], dict(zip(options, values[count:], strict=True)))
-        ctx.recording, ctx.options = recording, options
-        tensors = [v for v in values if isinstance(v, torch.Tensor)]
-        residuals = {n: k for n, k in kept.items() if isinstance(k, torch.Tensor)}
-        ctx.save_for_backward(*tensors, *residuals.values())
-        ctx.values = tuple(None if isinstance(v, torch.Tensor) else (v,) for v in values)
-        ctx.residuals = tuple(residuals)
-        ctx.others = {n: k for n, k in kept.items() if n not in residuals}
+    def forward(ctx: Any, layout: Layout, *values: Any) -> Any:
+        result, kept = layout.recording.run(*layout.split(values))
+        rest = list(values)
+        tensors = []
+        for i in layout.tensors:
+            tensors.append(rest[i])
+            rest[i] = None
+        names: tuple[str, ...] = ()
+        if kept:
+            names = tuple(n for n, k in kept.items() if isinstance(k, torch.Tensor))
+            tensors += [kept.pop(n) for n in names]
+        ctx.save_for_backward(*tensors)
+        ctx.rest = layout, rest, names, kept
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        values = [next(saved) if v is None else v[0] for v in ctx.values]
-        kept = {**ctx.others, **dict(zip(ctx.residuals, saved, strict=True))}
-        recording: Recording = ctx.recording
-        spec, count = recording.spec, len(values) - len(ctx.options)
-        needed = dict(zip((p.name for p in spec.parameters), ctx.needs_input_grad[2:], strict=True))
-        options = dict(zip(ctx.options, values[count:], strict=True))
-        wanted = tuple(n for n in needed if needed[n])
-        with torch.no_grad():
-            found = recording.pull(tuple(values[:count]), options, kept, grads, wanted)
-        by_name = {n: g for n, g in zip(spec.differentiable, found, strict=True) if needed[n] and g is not None}
-        if (
-            torch.is_grad_enabled()
-        ):  # they are to be differentiated again: not being recorded, they would pass as constants
+        layout, rest, names, kept = ctx.rest
+        saved, values, needed = ctx.saved_tensors, rest.copy(), ctx.needs_input_grad[1:]
+        for i, tensor in zip(layout.tensors, saved, strict=False):
+            values[i] = tensor
+        if names:
+            kept = {**kept, **dict(zip(names, saved[len(layout.tensors) :], strict=True))}
+        recording: Recording = layout.recording
+        args, options = layout.split(values)
+        if torch.is_grad_enabled():  # they are to be differentiated again: not being recorded, they would be constants
+            with torch.no_grad():
+                found = recording.pull(args, options, kept, grads, layout.wanted(needed))
             sources = [v for v in (*values, *grads) if isinstance(v, torch.Tensor) and v.requires_grad]
-            by_name = {n: Last.apply(recording, g, *sources) for n, g in by_name.items()}
-        return (None, None, *(by_name.get(n) for n in needed))
+            found = tuple(None if g is None else Last.apply(recording, g, *sources) for g in found)
+        else:
+            found = recording.pull(args, options, kept, grads, layout.wanted(needed))
+        results: list[Any] = [None] * (1 + len(values))
+        for i, gradient in zip(layout.sources, found, strict=True):
+            if needed[i]:
+                results[1 + i] = gradient
+        return tuple(results)
 
 
 class Last(torch.autograd.Function):
@@ -111,8 +143,13 @@ class Last(torch.autograd.Function):
 
 def pinned(recording: Recording) -> Callable[..., Any]:
     """As a kernel: the forward that puts the recording's node into torch's graph."""
+    layout: Layout | None = None
 
     def run(_: LaunchContext, *args: Any, **options: Any) -> Any:
-        return Pinned.apply(recording, tuple(options), *args, *options.values())
+        nonlocal layout
+        values = (*args, *options.values())
+        if layout is None:
+            layout = Layout(recording, values, tuple(options))
+        return Pinned.apply(layout, *values)
 
     return run
