@@ -574,3 +574,43 @@ def test_undo_in_order() -> None:
     model.conv1.__dict__["forward"] = mine
     report.undo()
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def _looked_up(module: Any, x: Any) -> Any:
+    return TABLE["sdpa"](x, x, x)
+
+
+TABLE = {"sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
+
+
+def test_attention_behind_a_table_is_seen_in_an_example() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: Any) -> Any:
+            if float(x.sum()) < -1e30:  # which no trace follows
+                return x
+            return x + globals()["_looked_" + "up"](self, x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(), Layer()])
+            self.heads = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Any) -> Any:
+            for layer in self.layers:
+                x = layer(x)
+            flat = x.transpose(1, 2).flatten(2)
+            return self.heads(flat, flat, flat, need_weights=False)[0]
+
+    model, x = Model(), torch.rand(1, 2, 5, 2)
+    assert [e.kind for e in patch(model).swapped] == ["attention"]  # the heads; no one says what else there is
+    model = Model()
+    want = model(x)
+    report = patch(model, example=(x,))
+    assert [e.names for e in report.swapped] == [("heads",), ("layers.0",), ("layers.1",)]
+    calls = []
+    with pytest.MonkeyPatch.context() as context:
+        run = srm_core.attention
+        context.setattr(srm_core, "attention", lambda *a, **k: calls.append(1) or run(*a, **k))
+        torch.testing.assert_close(model(x), want)
+    assert len(calls) == 3

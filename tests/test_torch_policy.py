@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -144,3 +145,23 @@ def test_a_backward_is_under_the_policy_of_its_forward(ctx: LaunchContext, switc
     y.sum().backward()
     assert seen == ["ieee", "ieee"]
     assert leaf.grad.tolist() == [2, 2, 2]
+
+
+def test_a_fork_holds_nothing(ctx: LaunchContext, switch: dict[str, str]) -> None:
+    """What another thread is in the midst of does not go on in the child."""
+    inside, over = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with policy.held(ctx, X, "matmul"):
+            inside.set()
+            over.wait(10)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    assert inside.wait(10)
+    child = os.fork()
+    if not child:
+        os._exit(int(policy._HOLDER.count != 0 or switch["now"] != "tf32"))
+    over.set()
+    thread.join(10)
+    assert os.waitpid(child, 0)[1] == 0

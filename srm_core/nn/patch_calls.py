@@ -7,7 +7,9 @@ All of it is methods of objects that hold the modules, so that a deep copy or a 
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -142,6 +144,26 @@ def _mask(q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tens
     zero = q.new_zeros(())
     added = [zero.masked_fill(m, -torch.inf) if m.dtype is torch.bool else m.to(q.dtype) for m in masks]
     return added[0] if len(added) == 1 else added[0] + added[1]
+
+
+class Seen(TorchFunctionMode):
+    """Notes in `owners` in whose forward scaled_dot_product_attention is called, also where the call is behind a table
+    of functions: the innermost of `modules` that is `self` in a frame on the way to it."""
+
+    def __init__(self, modules: Container[nn.Module]) -> None:
+        super().__init__()
+        self.modules, self.owners = modules, dict[nn.Module, None]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame = sys._getframe(1) if func is F.scaled_dot_product_attention else None
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and owner in self.modules:
+                if not isinstance(owner, nn.MultiheadAttention):  # which is swapped as a whole
+                    self.owners[owner] = None
+                break
+            frame = frame.f_back
+        return func(*args, **(kwargs or {}))
 
 
 class Attend(TorchFunctionMode):

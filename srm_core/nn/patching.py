@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from srm_core.errors import SRMError
 from srm_core.nn.conv_bn import ConvBN2d
-from srm_core.nn.patch_calls import Heads, Pair, Recurrence, Scope
+from srm_core.nn.patch_calls import Heads, Pair, Recurrence, Scope, Seen
 from srm_core.nn.patch_trace import BATCH_NORMS, HOOKS, Found, Survey, survey
 
 ATTENTION = F.scaled_dot_product_attention
@@ -98,8 +98,9 @@ def patch(model: nn.Module, example: tuple[Any, ...] | None = None) -> Report:
     only the `forward` of some instances is set, which `undo()` of the report takes back. A forward that branches on an
     attribute that changes later must be patched anew.
 
-    example: arguments of the model, for a check: it runs on them in evaluation before and after, and `SRMError` is
-    raised, with the patch undone, if the outputs differ by more than 1e-4.
+    example: arguments of the model. It runs on them in evaluation before and after: so calls of attention are seen
+    that are behind a table of functions, as in transformers; and `SRMError` is raised, with the patch undone, if the
+    outputs differ by more than 1e-4.
 
     >>> from torch import nn
     >>> from srm_core.nn import patch
@@ -109,10 +110,12 @@ def patch(model: nn.Module, example: tuple[Any, ...] | None = None) -> Report:
     conv_bn  swapped  0, 1, 2
     1 swapped, 0 left
     """
-    before = None if example is None else _outputs(model, example)
-    report = Report()
+    before, report, seen = None, Report(), Seen(set(model.modules()))
+    if example is not None:
+        with seen:
+            before = _outputs(model, example)
     try:
-        _Patch(model, report).run()
+        _Patch(model, report).run(seen.owners)
         if before is not None:
             assert example is not None
             torch.testing.assert_close(
@@ -151,7 +154,8 @@ class _Patch:
         self.scopes: dict[nn.Module, Scope] = {}
         self.taken: set[nn.Module] = set()
 
-    def run(self) -> None:
+    def run(self, attending: Iterable[nn.Module]) -> None:
+        """attending: modules that were seen to call scaled_dot_product_attention."""
         found = survey(self.model)
         for module in found.untraced:
             if self._is_replaced(module) and isinstance(module.__dict__["forward"].__self__, Scope):
@@ -171,7 +175,8 @@ class _Patch:
                 self._whole("lstm", module, nn.LSTM, Recurrence, _of_lstm(module))
             elif isinstance(module, nn.MultiheadAttention):
                 self._whole("attention", module, nn.MultiheadAttention, Heads, _of_heads(module))
-        for module in dict.fromkeys((*found.attends, *(m for m in self.names if _names_attention(type(m))))):
+        named = (m for m in self.names if _names_attention(type(m)))
+        for module in dict.fromkeys((*found.attends, *attending, *named)):
             self._calls(module)
         self.report.entries = tuple(self.entries)
 

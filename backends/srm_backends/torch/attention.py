@@ -52,7 +52,7 @@ def attend(
         out = scaled_dot_product_attention(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        if out.requires_grad:
+        if out.is_cuda and out.requires_grad:
             out.register_hook(_aligned)  # its backward reads the gradient in the same way
     else:
         out = _composed(query, key, value, attn_mask, is_causal, scale)

@@ -7,6 +7,7 @@ from the start it holds nothing: then a thread under the other policy is seen.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,8 +121,16 @@ class _Holder:
                 self.policy = None
                 self.free.notify_all()
 
+    def forget(self) -> None:
+        """In a process that was forked: the calls of other threads do not go on in it."""
+        for restore in reversed(self.restore):
+            restore()
+        self.__init__()  # type: ignore[misc]
+
 
 _HOLDER = _Holder()
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=_HOLDER.forget)
 
 
 def differs(ctx: LaunchContext, like: Tensor, products: Products) -> bool:
