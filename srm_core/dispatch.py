@@ -188,8 +188,11 @@ def find(_wants, _backend, {parameters}):
     return _plan
 """
 # torch.compile, torch.func's transforms and autocast do not see kernels: they go through an operator of torch.library.
+# torch's own switch for deterministic algorithms is ours, too.
 # Without torch there is nothing to ask; the first tensor brings the call path that asks.
-SPECIAL = "if {array}(_compiling() or _transforms() or _autocasts()): return _through(_backend, {parameters})"
+SPECIAL = (
+    "if {array}(_compiling() or _transforms() or _autocasts() or _strict()): return _through(_backend, {parameters})"
+)
 BEFORE_TORCH = "if {array}'torch' in _modules: return _again(_backend, {parameters})"
 
 

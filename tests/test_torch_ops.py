@@ -228,6 +228,46 @@ def test_backward_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
         same(list(got), list(want), 1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_deterministic_as_torch_says(monkeypatch: pytest.MonkeyPatch, gradient: bool, compiled: bool) -> None:
+    """torch's own switch leaves out what is not declared deterministic, as our policy does; not if it only warns."""
+    import types
+
+    import srm_backends.numpy.scan as kernels
+
+    from srm_core.registry import local_plugin
+    from srm_core.spec import BackendInfo, Kernel
+
+    module = types.ModuleType("loose")
+    info = BackendInfo("loose", "numpy", (Kernel("scan", "loose:forward", "loose:backward", deterministic=False),))
+    module.srm_backend_info = srm_core.hookimpl(lambda: info)  # type: ignore[attr-defined]
+    module.forward, module.backward = kernels.forward, kernels.backward  # type: ignore[attr-defined]
+    monkeypatch.setitem(__import__("sys").modules, "loose", module)
+    gates, tokens = scan_arguments()
+    if not gradient:
+        gates, tokens = gates.detach(), tokens.detach()
+    torch._dynamo.reset()
+    run = torch.compile(srm_core.scan, fullgraph=True, backend="aot_eager") if compiled else srm_core.scan
+    with local_plugin("loose", module), srm_core.use_backend("loose"):
+        run(gates, tokens)
+        for warn_only in (False, True):
+            torch.use_deterministic_algorithms(True, warn_only=warn_only)
+            try:
+                if warn_only:
+                    run(gates, tokens)
+                else:
+                    with pytest.raises(srm_core.NoBackendError, match="deterministic"):
+                        run(gates, tokens)
+                    with srm_core.use_backend("loose,numpy"):
+                        y, _ = run(gates, tokens)
+                        if gradient:
+                            y.sum().backward()
+            finally:
+                torch.use_deterministic_algorithms(False)
+        run(gates, tokens)
+
+
 def test_no_backward() -> None:
     """Gradients of a kernel without a backward are an error that says so, not a constant."""
     gates, tokens = scan_arguments()

@@ -14,7 +14,7 @@ import torch
 
 from srm_core.ops import SPECS
 from srm_core.spec import OpSpec
-from srm_core.torch_ops.library import LibraryOperator
+from srm_core.torch_ops.library import LibraryOperator, is_strict
 from srm_core.torch_ops.transforms import has_transforms
 from srm_core.torch_ops.written import outward, through
 
@@ -28,8 +28,8 @@ _OPERATORS: dict[str, LibraryOperator] = {}
 
 
 def is_special() -> bool:
-    """Must calls go through an operator of torch.library, or be cast, at this moment?"""
-    return is_compiling() or has_transforms() or is_autocasting()
+    """Must calls go through an operator of torch.library, be cast, or be deterministic, at this moment?"""
+    return is_compiling() or has_transforms() or is_autocasting() or is_strict()
 
 
 def define(spec: OpSpec) -> LibraryOperator:
@@ -48,7 +48,7 @@ def call_path(spec: OpSpec) -> dict[str, Any]:
     define(spec)
     return {
         "_compiling": is_compiling, "_transforms": has_transforms, "_autocasts": is_autocasting,
-        "_through": THROUGH[spec.name],
+        "_strict": is_strict, "_through": THROUGH[spec.name],
     }  # fmt: skip
 
 

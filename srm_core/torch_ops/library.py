@@ -8,12 +8,13 @@ could know (docs/adr/0023).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from srm_core import dispatch
-from srm_core.config import CURRENT, State
+from srm_core.config import CURRENT, State, deterministic
 from srm_core.contract import Call
 from srm_core.decision import PASSED, kernel_error
 from srm_core.spec import OpSpec
@@ -78,7 +79,8 @@ class LibraryOperator:
         """The operator on tensors with values, below autograd."""
         *given, backend, wants = arguments
         values = self.inward(*given)
-        with no_autocast(values):
+        with no_autocast(values), strictly():
+            state = CURRENT.get()
             plan = dispatch.operator(self.spec.name).find(wants, backend, *values)
             args, options = self._call(values)
             if plan.check is not None:
@@ -96,7 +98,7 @@ class LibraryOperator:
             o.contiguous(memory_format=_format(values, f, self.positions))
             for o, f in zip(self.spec.unpack(result), self._formats(result), strict=True)
         ]
-        pin = torch.tensor(_pin(plan.decision.chosen or "", CURRENT.get()))
+        pin = torch.tensor(_pin(plan.decision.chosen or "", state))
         return (outputs, pin) if self.many else (*outputs, pin)
 
     def _formats(self, result: Any) -> list[str]:
@@ -170,11 +172,23 @@ class LibraryOperator:
         ]
 
     def eagerly(self, backend: str | None, values: tuple[Any, ...]) -> Any:
-        """A call under a transform of torch.func, or with arguments that autocast has cast."""
+        """A call under a transform of torch.func, with arguments that autocast has cast, or to be deterministic."""
         if transforms.has_transforms() and not self.spec.mutates:
             return self.transformed(backend, values)
-        with no_autocast(values):
+        with no_autocast(values), strictly():
             return dispatch.operator(self.spec.name).run(backend, *values)
+
+
+def is_strict() -> bool:
+    """Does torch ask for deterministic algorithms, where our own policy does not yet?"""
+    if not torch._C._get_deterministic_algorithms() or torch._C._get_deterministic_algorithms_warn_only():
+        return False
+    return not CURRENT.get().deterministic
+
+
+def strictly() -> AbstractContextManager[None]:
+    """Within it our own policy is as torch's switch."""
+    return deterministic() if is_strict() else nullcontext()
 
 
 def no_autocast(values: tuple[Any, ...]) -> Any:
