@@ -442,3 +442,17 @@ def test_through_the_public_operators() -> None:
             found.append((*outputs, *torch.autograd.grad(outputs, arguments, grads)))
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_axes_of_one_are_put_in_order() -> None:
+    """Their strides are torch's own, also where no element shows the difference."""
+    from srm_backends.torch.common import in_order
+
+    base = torch.arange(12.0)
+    for shape, strides in (((1, 5), (0, 1)), ((1, 5), (1, 1)), ((2, 1, 3), (3, 7, 1)), ((1, 1), (4, 9))):
+        odd = base.as_strided(shape, strides)
+        plain = in_order(odd)
+        assert plain.stride() == torch.empty(shape).stride()
+        assert torch.equal(plain, odd)
+    for kept in (base.view(3, 4), base.view(3, 4).T, base.view(3, 4)[:, ::2], base.view(1, 12), torch.empty(0, 3)):
+        assert in_order(kept) is kept

@@ -18,6 +18,16 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
+def in_order(t: Tensor) -> Tensor:
+    """t, but not with odd strides along axes of one: contiguous to torch, they are an error to cuBLAS in `addmm`."""
+    step, strides = 1, []
+    for size in reversed(t.shape):
+        strides.append(step)
+        step *= size
+    odd = t.is_contiguous() and t.stride() != tuple(strides[::-1])
+    return t.clone(memory_format=torch.contiguous_format) if odd else t
+
+
 def state_dtype(given: Tensor | None, like: Tensor) -> torch.dtype:
     """The dtype of a state that comes back: that of the one that came in, else float32 beside half types."""
     return compute_dtype(like.dtype) if given is None else given.dtype

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srm_backends.torch.common import compute_dtype, only, valid_steps, wants_gradient
+from srm_backends.torch.common import compute_dtype, in_order, only, valid_steps, wants_gradient
 from srm_backends.torch.graphs import pieces, replayed
 from srm_backends.torch.policy import held
 from srm_core.context import LaunchContext
@@ -25,7 +25,7 @@ def forward(
     compute = compute_dtype(z.dtype)
     valid = valid_steps(lengths, z.shape[1])
     given = (only(valid, z.to(compute)), only(valid, gamma.to(compute)), h0, w_gate, b_gate, w_mdi, b_mdi)
-    arguments: tuple[Any, ...] = tuple(a.to(compute) for a in given)
+    arguments: tuple[Any, ...] = tuple(in_order(a.to(compute)) for a in given)
     run = Loop.apply if wants_gradient(*arguments) else Loop.forward
     h, last = run(ctx, *arguments, valid, float(mix))
     return only(valid, h).to(z.dtype), last.to(h0.dtype)

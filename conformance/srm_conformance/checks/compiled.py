@@ -47,13 +47,13 @@ def compiled(target: Target) -> Iterator[Item]:
             trial = _trial(target, case, dtype, report)
             leaves = _leaves(trial)
             path = operator(target.spec.name)
-            torch._dynamo.reset()
 
             def function(*values: Any) -> Any:
                 return path.run(target.subject.backend, *values)
 
             with recording() as launches, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+                warnings.simplefilter("ignore")  # of torch, about itself
+                torch._dynamo.reset()
                 try:
                     run = torch.compile(function, fullgraph=True, backend="aot_eager")
                     outputs = target.spec.unpack(run(*leaves.values()))
