@@ -148,7 +148,7 @@ def _back_steps(outputs: Tensors, inputs: Tensors, _: Any) -> None:
     """From the last step on: e, the gradient of each state; it times the three of the flow; the gradient before."""
     first, products, gradients = outputs
     d_h, weight, *sequences = inputs
-    width, buffers, zero = d_h.shape[1], (torch.empty_like(d_h), first), d_h.new_zeros(())
+    width, buffers, zero = d_h.shape[1], (torch.empty_like(first), first), d_h.new_zeros(())
     rows = zip(*(s.unbind(1) for s in (products, gradients, *sequences)), strict=True)
     for t, (product, e, flow, grad, *running) in enumerate(reversed(list(rows))):
         torch.add(grad, d_h, out=e)
