@@ -29,6 +29,7 @@ class Bridge:
         assert target is not None  # the decision was made by the same function
         self.caller, self.target = call.array_library, target
         self.device, self.state = call.device, state
+        self.memo: dict[Any, Any] = {}
         self.view = VIEWS[call.array_library, target, call.platform]
         self.back = VIEWS[target, call.array_library, call.platform]
         self.op = call.spec.name
@@ -37,7 +38,9 @@ class Bridge:
         self.many = {p.name for p in call.spec.tensors if p.many}
 
     def context(self, kept: dict[str, Any] | None = None) -> ForeignContext:
-        return ForeignContext(self.target, self.caller, self.device, self.state, self.view, self.back, kept)
+        return ForeignContext(
+            self.target, self.caller, self.device, self.state, self.view, self.back, kept, self.memo
+        )
 
     def inward(self, name: str, value: Any) -> Any:
         if name in self.many:

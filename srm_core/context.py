@@ -37,17 +37,24 @@ class LaunchContext:
 
     array_library, device: of the arrays that the kernel sees. precision: "ieee" or "tf32". deterministic: bool.
     wants_residuals: True if a backward will follow; then `keep` stores what it may use.
+    memo: a dict of the kernel's own, for what it has worked out for this kind of call: the next calls whose arrays have
+    the same types, shapes, dtypes and device, and whose static options are the same, find it again. Strides, alignment
+    and values are not part of the kind.
     """
 
-    __slots__ = ("_kept", "_library", "array_library", "deterministic", "device", "precision")
+    __slots__ = ("_kept", "_library", "array_library", "deterministic", "device", "memo", "precision")
 
-    def __init__(self, library: str, device: Any, state: State, kept: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, library: str, device: Any, state: State, kept: dict[str, Any] | None = None,
+        memo: dict[Any, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.array_library = library
         self.device = device
         self.precision = state.precision
         self.deterministic = state.deterministic
         self._library = LIBRARIES[library]
         self._kept = kept
+        self.memo: dict[Any, Any] = {} if memo is None else memo
 
     @property
     def wants_residuals(self) -> bool:
@@ -89,8 +96,9 @@ class ForeignContext(LaunchContext):
     def __init__(
         self, library: str, caller: str, device: Any, state: State,
         view: Callable[[Any], Any], back: Callable[[Any], Any], kept: dict[str, Any] | None = None,
+        memo: dict[Any, Any] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(library, host_device(library), state, kept)  # views exist in host memory only
+        super().__init__(library, host_device(library), state, kept, memo)  # views exist in host memory only
         self._caller, self._caller_device = LIBRARIES[caller], device
         self._view, self._back = view, back
         self._made: dict[int, tuple[Any, Any]] = {}

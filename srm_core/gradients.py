@@ -44,7 +44,7 @@ class Recording:
         kept: dict[str, Any] = {}
         try:
             if self.bridge is None:
-                context = LaunchContext(self.library, self.device, self.state, kept)
+                context = LaunchContext(self.library, self.device, self.state, kept, self.context.memo)
                 return self._forward(context, *args, **options), kept
             foreign = self.bridge.context(kept)
             seen, named = self.bridge.all_inward(args, options)

@@ -1,0 +1,1 @@
+"""Kernels in Triton, for NVIDIA GPUs, and for AMD's as far as Triton carries them there."""
