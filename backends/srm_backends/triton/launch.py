@@ -22,6 +22,10 @@ from srm_core.errors import KernelError
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1, when this process started
 KINDS = 256  # that are remembered for a kind of call; strides are among what tells them apart
 ALIGNMENT = 16  # bytes: what lets a thread read or write so many at once
+if INTERPRETED:
+    from srm_backends.triton import interpreter
+
+    interpreter.install()
 _interpreter = threading.Lock()  # while it runs a kernel it has its own functions in the place of Triton's
 
 
