@@ -19,7 +19,8 @@ from torch import Tensor
 from srm_core.context import LaunchContext
 from srm_core.errors import KernelError
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1, when this process started
+_knobs = triton.knobs.runtime
+INTERPRETED = bool(_knobs.interpret)  # TRITON_INTERPRET=1, when this process started
 KINDS = 256  # that are remembered for a kind of call; strides are among what tells them apart
 ALIGNMENT = 16  # bytes: what lets a thread read or write so many at once
 if INTERPRETED:
@@ -75,9 +76,9 @@ def _launch(
         if pointer is not None:
             odd |= pointer
     aligned = None if odd % ALIGNMENT == 0 else tuple(p is None or p % ALIGNMENT == 0 for p in pointers)
-    kind = kernel, key, aligned
+    kind = id(kernel), key, aligned  # its own hash is that of its source
     variant = ctx.memo.get(kind)
-    if variant is not None and triton.knobs.runtime.launch_enter_hook is None:
+    if variant is not None and not _knobs.launch_enter_hook.calls:
         start, grid, fixed = variant
         start(*grid, _stream(ctx.device.index), *fixed[0], *pointers, *scalars, *fixed[1])
         return

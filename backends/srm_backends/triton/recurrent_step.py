@@ -21,7 +21,8 @@ from torch import Tensor
 from srm_backends.triton.launch import Config, blocks, launch, power_of_2
 from srm_core.context import LaunchContext, Residuals
 
-TILE = 1024  # elements of a program
+TILE = 16384  # bytes of x that a program reads at most: it takes so many to keep the memory busy
+FEWEST = 512  # programs, if there is work for them
 ROWS, COLS, MIXED = 0, 1, 2  # modes: of all heads, or given head by head
 
 
@@ -177,10 +178,12 @@ def indexed(index: Any) -> tuple[Tensor | None, int, int]:
     return None, 0, int(index)
 
 
-def _tile(width: int) -> tuple[int, int]:
+def _tile(x: Tensor) -> tuple[int, int]:
     """(rows, channels)."""
-    channels = power_of_2(width, 16, TILE)
-    return max(1, TILE // channels), channels
+    width = x.shape[-1]
+    size = power_of_2(x.numel() // FEWEST, 512, min(TILE // x.element_size(), 4096))
+    channels = power_of_2(width, 16, size)
+    return size // channels, channels
 
 
 def forward(
@@ -214,7 +217,7 @@ def _step(
     strides = (*x.stride(), *state.stride(), *weight.stride(), *bias.stride(), *decay.stride(), index_stride)
 
     def configure() -> Config:
-        (batch, H, D), (rows, width) = x.shape, _tile(x.shape[2])
+        (batch, H, D), (rows, width) = x.shape, _tile(x)
         sizes = (batch * H, H, D, weight.shape[1], state.shape[0], *strides, H * D, *new.stride())
         grid = blocks(batch * H, rows), blocks(D, width)
         return Config(grid, sizes, (which, position is None, slots is not None, rows, width))
@@ -238,7 +241,7 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Tensor, grad_stat
     strides = (*(s for t in strided for s in t.stride()), index_stride)
 
     def configure() -> Config:
-        rows, width = _tile(D)
+        rows, width = _tile(x)
         sizes = (batch * H, 2 * batch * H, H, D, weight.shape[1], H * D, *strides)
         return Config((blocks(batch * H, rows),), sizes, (which, position is None, rows, width))
 
