@@ -20,21 +20,63 @@ EMPTY, BROKEN = tl.constexpr(0), tl.constexpr(2)  # flags of words; 1: a finite 
 
 
 @triton.jit
-def combine(g1, x1, g2, x2):
-    """First 1, then 2."""
-    return g1 * g2, g2 * x1 + x2
+def _combine(g1, x1, g2, x2):
+    """First 1, then 2. Factors may be float64."""
+    return g1 * g2, g2.to(tl.float32) * x1 + x2
+
+
+@triton.jit
+def _combine_before(g1, x1, p1, e1, g2, x2, p2, e2):
+    """As `_combine`; and in p and e the same without the last element."""
+    return g1 * g2, g2.to(tl.float32) * x1 + x2, g1 * p2, p2.to(tl.float32) * x1 + e2
+
+
+@triton.jit
+def _row(tile, at, ROWS: tl.constexpr):
+    """The row `at` of a tile (ROWS, channels), as (1, channels)."""
+    return tl.sum(tl.where((tl.arange(0, ROWS) == at)[:, None], tile, 0), 0)[None, :]
+
+
+@triton.jit
+def _last_rows(tile, ROWS: tl.constexpr):
+    """Of a tile (ROWS, chunks, channels) the last row, (chunks, channels)."""
+    return tl.sum(tl.where((tl.arange(0, ROWS) == ROWS - 1)[:, None, None], tile, 0), 0)
+
+
+@triton.jit
+def join(g, x, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """What the steps of a tile make of the state s that comes in, step c * ROWS + r at [r, c].
+
+    Returns (factor, end) of the tile, (1, channels), and for `states` (factors, ends) within chunks, (rows, chunks,
+    channels), and before them, (chunks, channels). Time runs along the first axis within a thread, so that only the
+    chunks' ends have to be passed between threads.
+    """
+    g, x = tl.associative_scan((g, x), 0, _combine)
+    of_g, of_x = _last_rows(g, ROWS), _last_rows(x, ROWS)
+    one, zero = tl.full(of_g.shape, 1, of_g.dtype), tl.zeros(of_x.shape, tl.float32)
+    of_g, of_x, before_g, before_x = tl.associative_scan((of_g, of_x, one, zero), 0, _combine_before)
+    return _row(of_g, CHUNKS - 1, CHUNKS), _row(of_x, CHUNKS - 1, CHUNKS), g, x, before_g, before_x
+
+
+@triton.jit
+def states(g, x, before_g, before_x, state):
+    """The states of a tile's steps, from that which comes in, (1, channels)."""
+    return x + g.to(tl.float32) * (before_x + before_g.to(tl.float32) * state)[None, :, :]
+
+
+@triton.jit
+def in_order(g, x, state, ROWS: tl.constexpr):
+    """(the states of a tile of one chunk, the last one), made in the order of the plain loop."""
+    r = tl.arange(0, ROWS)[:, None, None]
+    x = tl.where(r == 0, g.to(tl.float32) * state[None, :, :] + x, x)
+    _, x = tl.associative_scan((g, x), 0, _combine)
+    return x, _last_rows(x, ROWS)
 
 
 @triton.jit
 def broken(state):
     """1 if any element of (1, channels) is NaN or infinite, else 0."""
     return tl.max(tl.max(tl.where(tl.abs(state) <= LARGEST, 0, 1), 1), 0)
-
-
-@triton.jit
-def row(tile, at, ROWS: tl.constexpr):
-    """The row `at` of a tile (ROWS, channels)."""
-    return tl.sum(tl.where((tl.arange(0, ROWS) == at)[:, None], tile, 0), 0)
 
 
 @triton.jit
@@ -59,10 +101,10 @@ def await_words(words, inside):
 
 
 @triton.jit
-def incoming(factors, ends, states, k, stride, first, inside, GROUP: tl.constexpr):
+def incoming(factors, ends, lasts, k, stride, first, inside, GROUP: tl.constexpr):
     """(the state that comes into tile k of a chain (1, channels), 1 if it must be found step by step instead).
 
-    factors, ends, states: words of the chain's tile 0, (1, channels); stride: from tile to tile. first: the state that
+    factors, ends, lasts: words of the chain's tile 0, (1, channels); stride: from tile to tile. first: the state that
     comes into the chain.
     """
     start = k // GROUP * GROUP
@@ -72,8 +114,8 @@ def incoming(factors, ends, states, k, stride, first, inside, GROUP: tl.constexp
     gs = await_words(factors + at, there)
     xs = await_words(ends + at, there)
     bad = tl.max(tl.max(tl.maximum(gs >> 32, xs >> 32), 1), 0) == BROKEN
-    g, x = tl.associative_scan((tl.where(there, value(gs), 1), tl.where(there, value(xs), 0)), 0, combine)
+    g, x = tl.associative_scan((tl.where(there, value(gs), 1), tl.where(there, value(xs), 0)), 0, _combine)
     before = first
     if start > 0:
-        before = value(await_words(states + (start - 1).to(tl.int64) * stride, inside))
-    return row(x, GROUP - 1, GROUP)[None, :] + row(g, GROUP - 1, GROUP)[None, :] * before, bad.to(tl.int32)
+        before = value(await_words(lasts + (start - 1).to(tl.int64) * stride, inside))
+    return _row(x, GROUP - 1, GROUP) + _row(g, GROUP - 1, GROUP) * before, bad.to(tl.int32)

@@ -21,7 +21,7 @@ from torch import Tensor
 from srm_backends.triton.launch import Config, blocks, launch, power_of_2
 from srm_core.context import LaunchContext, Residuals
 
-TILE = 16384  # bytes of x that a program reads at most: it takes so many to keep the memory busy
+TILE = 1024  # elements of a program at most, times the size of one: with fewer the memory is not kept busy
 FEWEST = 512  # programs, if there is work for them
 ROWS, COLS, MIXED = 0, 1, 2  # modes: of all heads, or given head by head
 
@@ -181,7 +181,7 @@ def indexed(index: Any) -> tuple[Tensor | None, int, int]:
 def _tile(x: Tensor) -> tuple[int, int]:
     """(rows, channels)."""
     width = x.shape[-1]
-    size = power_of_2(x.numel() // FEWEST, 512, min(TILE // x.element_size(), 4096))
+    size = power_of_2(x.numel() // FEWEST, 512, TILE * x.element_size())
     channels = power_of_2(width, 16, size)
     return size // channels, channels
 

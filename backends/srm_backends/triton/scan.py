@@ -20,41 +20,49 @@ from torch import Tensor
 
 from srm_backends.triton.common import state_dtype
 from srm_backends.triton.launch import Config, blocks, launch, power_of_2
-from srm_backends.triton.recurrence import await_words, broken, combine, incoming, publish, row, value
+from srm_backends.triton.recurrence import await_words, broken, in_order, incoming, join, publish, states, value
 from srm_core.context import LaunchContext, Residuals
 
 FULL, STEPWISE, CONSTANT = 0, 1, 2  # gates (B, T, D); (B, T, 1); constant in time
+# Unknown to the compiler, they keep it from giving several channels to a thread and several steps to a warp: each lane
+# has a channel, and time runs within it.
+TIME_STRIDES = ("gt", "xt", "yt")
 GROUP = 16  # tiles that find their incoming state together
 
 
 @triton.jit
-def _time(i, T, DOWN: tl.constexpr):
-    """The time of the i-th step of a run."""
+def _load(
+    of, n, j, inside, T, length,
+    GATES: tl.constexpr, TOKENS: tl.constexpr, LENGTHS: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """(g, x) of the steps n + j of the run, (rows, chunks, 1). of: see `_place`."""
+    gates, tokens = of
+    i = n + j
+    on = tl.cast(n, tl.int64)
     if DOWN:
-        i = T - 1 - i
-    return i
-
-
-@triton.jit
-def _load(of, i, inside, T, length, GATES: tl.constexpr, TOKENS: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr):
-    """(g, x) of the steps i (steps, 1), in float32. of: pointers at time 0, and strides."""
-    gates, tokens, gt, xt = of
-    t = _time(i, T, DOWN)
-    valid = (i < T) & (t < length)
-    at = t
+        on = -on
+    valid = i < T
     given = valid
-    if BACK:  # the gate of the step that came before in this run
-        at = _time(i - 1, T, DOWN)
-        given = valid & (i > 0) & (at < length)
-    if GATES == 2:
-        g = tl.where(given, tl.load(gates, inside, other=1).to(tl.float32), 1)
+    if BACK:
+        given = valid & (i > 0)
+    if LENGTHS:
+        t = i
+        before = i - 1
+        if DOWN:
+            t = T - 1 - i
+            before = t + 1
+        valid = valid & (t < length)
+        given = given & (t < length)
+        if BACK:  # the gate is that of the step that came before in this run
+            given = given & (before < length)
+    if GATES == 2:  # a rounding of the products would be the same in every tile, and add up
+        g = tl.where(given, tl.load(gates[0] + gates[1], inside, other=1), 1).to(tl.float64)
     elif GATES == 1:
-        g = tl.load(gates + at.to(tl.int64) * gt, given, other=1).to(tl.float32)
-        g = tl.where(inside, g, 1)
+        g = tl.where(inside, tl.load(gates[0] + on * gates[2] + gates[1], given, other=1).to(tl.float32), 1)
     else:
-        g = tl.load(gates + at.to(tl.int64) * gt, given & inside, other=1).to(tl.float32)
+        g = tl.load(gates[0] + on * gates[2] + gates[1], given & inside, other=1).to(tl.float32)
     if TOKENS:
-        x = tl.load(tokens + t.to(tl.int64) * xt, valid & inside, other=0).to(tl.float32)
+        x = tl.load(tokens[0] + on * tokens[2] + tokens[1], valid & inside, other=0).to(tl.float32)
     else:
         x = tl.zeros(g.shape, tl.float32)
     return g, x
@@ -62,209 +70,282 @@ def _load(of, i, inside, T, length, GATES: tl.constexpr, TOKENS: tl.constexpr, D
 
 @triton.jit
 def _store(
-    to, out, first, i, inside, T, length,
-    GATES: tl.constexpr, KEEP: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr,
+    to, out, first, n, j, inside, T, length,
+    GATES: tl.constexpr, KEEP: tl.constexpr, LENGTHS: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Write y at the steps i, or both gradients; returns a constant gate's from these steps, (1, channels).
+    """Write y at the steps n + j, or both gradients; returns a constant gate's from these steps, (1, channels).
 
-    to: pointers at time 0, and strides. first: (1, channels), the state before the sequence.
+    to: see `_place`. first: the state before the sequence, (1, channels).
     """
-    y, d_gates, states, yt, dt = to
-    t = _time(i, T, DOWN)
-    valid = (i < T) & (t < length)
+    y, d_gates, past = to
+    i = n + j
+    on = tl.cast(n, tl.int64)
+    if DOWN:
+        on = -on
     written = (i < T) & inside
-    tl.store(y + t.to(tl.int64) * yt, tl.where(valid, out, 0).to(y.dtype.element_ty), written)
-    if KEEP:  # in float32, where y is not and the gates are
-        tl.store(states + t.to(tl.int64) * yt, out, written)
-    share = tl.zeros_like(first)
+    valid = written
+    known = written
     if BACK:
-        before = _time(i + 1, T, DOWN)  # the step before, in the forward's run
-        known = valid & (i + 1 < T) & (before < length)
-        past = tl.load(states + before.to(tl.int64) * yt, known & inside, other=0).to(tl.float32)
-        d = tl.where(valid & inside, out * tl.where(known, past, first), 0)
+        known = (i + 1 < T) & inside
+    if LENGTHS:
+        t = i
+        before = i + 1  # the step before, in the forward's run
+        if DOWN:
+            t = T - 1 - i
+            before = t - 1
+        valid = valid & (t < length)
+        known = known & (before < length)
+        out = tl.where(t < length, out, 0)
+    tl.store(y[0] + on * y[2] + y[1], out.to(y[0].dtype.element_ty), written)
+    share = tl.zeros_like(first)
+    if KEEP:  # in float32, where y is rounded
+        tl.store(past[0] + on * past[2] + past[1], out, written)
+    if BACK:
+        before_it = tl.load(past[0] + on * past[2] + past[1], known & valid, other=0).to(tl.float32)
+        d = out * tl.where(known, before_it, first[None, :, :])
+        d = tl.where(valid, d, 0)
         if GATES == 2:
-            share = tl.sum(d, 0)[None, :]
+            share = tl.sum(tl.sum(d, 0), 0)[None, :]
         elif GATES == 1:
-            tl.store(d_gates + t.to(tl.int64) * dt, tl.sum(d, 1)[:, None], i < T)
+            tl.store(d_gates[0] + on * d_gates[2] + d_gates[1], tl.sum(d, 2)[:, :, None], i < T)
         else:
-            tl.store(d_gates + t.to(tl.int64) * dt, d.to(d_gates.dtype.element_ty), written)
+            tl.store(d_gates[0] + on * d_gates[2] + d_gates[1], d.to(d_gates[0].dtype.element_ty), written)
     return share
 
 
 @triton.jit
+def _place(
+    gates, tokens, past, y, d_gates, j, b, block, d, share, T, gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd,
+    GATES: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Of sequence b, a block of channels and steps j of a run: (what `_load` reads, where `_store` writes).
+
+    d: the channels within the block (1, 1, channels). share: where this program's part of the gradient of gates that
+    are not full begins. Each is a place in memory, one for all threads, offsets from it, and the stride of time.
+    """
+    first = tl.zeros_like(b)  # time of the run's first step
+    after = 1
+    if DOWN:
+        first = first + T - 1
+        after = -1
+    gate, before = first, first
+    if BACK:
+        gate, before = first - after, first + after
+    t = tl.cast(j * after, WIDE)
+    c = block.to(tl.int64) * CHANNELS
+    d = tl.cast(d, WIDE)
+    g0 = gates + b * gb
+    d0 = d_gates + share + b * db
+    of_g, of_d = tl.zeros_like(d), tl.zeros_like(d)
+    if GATES != 1:
+        g0 = g0 + c * gd
+        d0 = d0 + c * dd
+        of_g, of_d = d * gd, d * dd
+    if GATES != 2:
+        g0 = g0 + gate * gt
+        d0 = d0 + first * dt
+    if GATES == 1:
+        of_g, of_d = t * gt, t * dt
+    elif GATES == 0:
+        of_g, of_d = t * gt + of_g, t * dt + of_d
+    y0 = b * yb + c * yd
+    of_x, of_y = t * xt + d * xd, t * yt + d * yd
+    of = ((g0, of_g, gt), (tokens + b * xb + c * xd + first * xt, of_x, xt))
+    to = ((y + y0 + first * yt, of_y, yt), (d0, of_d, dt), (past + y0 + before * yt, of_y, yt))
+    return of, to
+
+
+@triton.jit
+def _begin(initial, grad_last, lengths, b, d, D, T, DEFAULT: tl.constexpr, INITIAL: tl.constexpr,
+           LENGTHS: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """(the state before the sequence, the state that the run begins with, both (1, channels), and the length)."""
+    inside = d < D
+    first = tl.full(d.shape, DEFAULT, tl.float32)
+    if INITIAL:
+        first = tl.load(initial + b * D + d, inside, other=0).to(tl.float32)
+    start = first
+    if BACK:
+        start = tl.load(grad_last + b * D + d, inside, other=0).to(tl.float32)
+    length = T
+    if LENGTHS:
+        length = tl.load(lengths + b).to(tl.int32)
+    return first, start, length
+
+
+@triton.jit
 def _one_by_one(
-    of, to, state, first, start, stop, inside, T, length,
-    GATES: tl.constexpr, TOKENS: tl.constexpr, KEEP: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr,
+    of, to, state, first, start, stop, inside, T, length, GATES: tl.constexpr, TOKENS: tl.constexpr,
+    KEEP: tl.constexpr, LENGTHS: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """The steps from start to stop, from the state (1, channels): (the last state, a constant gate's gradient)."""
     share = tl.zeros_like(first)
+    j = tl.zeros((1, 1, 1), tl.int32)
     for n in range(start, stop):
-        i = tl.zeros((1, 1), tl.int32) + n
-        g, x = _load(of, i, inside, T, length, GATES, TOKENS, DOWN, BACK)
-        state = g * state + x
-        share += _store(to, state, first, i, inside, T, length, GATES, KEEP, DOWN, BACK)
+        g, x = _load(of, n, j, inside, T, length, GATES, TOKENS, LENGTHS, DOWN, BACK)
+        state = tl.sum(g.to(tl.float32) * state[None, :, :] + x, 0)
+        out = state[None, :, :]
+        share += _store(to, out, first, n, j, inside, T, length, GATES, KEEP, LENGTHS, DOWN, BACK)
     return state, share
 
 
 @triton.jit
-def _place(
-    gates, tokens, states, initial, grad_last, lengths, y, d_gates, T, D, b, d, share,
-    gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd,
-    GATES: tl.constexpr, DEFAULT: tl.constexpr, INITIAL: tl.constexpr, LENGTHS: tl.constexpr, BACK: tl.constexpr,
-):  # fmt: skip
-    """Of sequence b and channels d: (what `_load` reads, where `_store` writes, the state before the sequence, the
-    state that a run begins with, the length); states are (1, channels). share: where this program's part of the
-    gradient of gates that are not full begins."""
-    inside = (d < D)[None, :]
-    d = d.to(tl.int64)[None, :]
-    length = T
-    if LENGTHS:
-        length = tl.load(lengths + b).to(tl.int32)
-    if INITIAL:
-        first = tl.load(initial + b * D + d, inside, other=0).to(tl.float32)
-    else:
-        first = tl.full(d.shape, DEFAULT, tl.float32)
-    begin = first
-    if BACK:
-        begin = tl.load(grad_last + b * D + d, inside, other=0).to(tl.float32)
-    g0 = gates + b * gb
-    d0 = d_gates + share + b * db
-    if GATES != 1:
-        g0 = g0 + d * gd
-        d0 = d0 + d * dd
-    of = (g0, tokens + b * xb + d * xd, gt, xt)
-    to = (y + b * yb + d * yd, d0, states + b * yb + d * yd, yt, dt)
-    return of, to, first, begin, length
-
-
-@triton.jit
-def _end(of, last, state, b, d, D, length, DOWN: tl.constexpr, BACK: tl.constexpr):
+def _end(gates, last, state, b, d, D, length, gb, gt, gd, DOWN: tl.constexpr, BACK: tl.constexpr):
     """Write the last state, or the gradient of the state before the sequence."""
-    inside = (d < D)[None, :]
+    inside = d < D
     if BACK:
-        gates, _, gt, _ = of
         step = tl.maximum(length - 1, 0)  # that came first in the forward's run
         if DOWN:
             step = step * 0
-        at = gates + step.to(tl.int64) * gt + tl.zeros_like(d)[None, :]
+        at = gates + b * gb + step.to(tl.int64) * gt + d * gd
         g = tl.load(at, inside & (length > 0), other=1).to(tl.float32)
         state = g * state
-    tl.store(last + b * D + d.to(tl.int64)[None, :], state.to(last.dtype.element_ty), inside)
+    tl.store(last + b * D + d, state.to(last.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=TIME_STRIDES)
 def scan_tiles(
-    gates, tokens, states, initial, grad_last, lengths, y, last, d_gates,
+    gates, tokens, past, initial, grad_last, lengths, y, last, d_gates,
     T, D, channel_blocks, part, gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd,
     GATES: tl.constexpr, TOKENS: tl.constexpr, DEFAULT: tl.constexpr, INITIAL: tl.constexpr, LENGTHS: tl.constexpr,
-    KEEP: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+    KEEP: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr, GT: tl.constexpr, XT: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All steps of CHANNELS channels of one sequence."""
+    """All steps of CHANNELS channels of one sequence, ROWS * CHUNKS at a time."""
+    if GT == 1:
+        gt = GT
+    if XT == 1:
+        xt, yt = XT, XT
     block = tl.program_id(0) % channel_blocks
     b = (tl.program_id(0) // channel_blocks).to(tl.int64)
-    d = block * CHANNELS + tl.arange(0, CHANNELS)
-    inside = (d < D)[None, :]
-    share = block.to(tl.int64) * 0
-    if GATES == 1:
-        share = block.to(tl.int64) * part
-    of, to, first, begin, length = _place(
-        gates, tokens, states, initial, grad_last, lengths, y, d_gates, T, D, b, d, share,
-        gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DEFAULT, INITIAL, LENGTHS, BACK,
+    c = tl.arange(0, CHANNELS)[None, :]
+    d = (block * CHANNELS + c).to(tl.int64)
+    inside = (d < D)[None, :, :]
+    share = block.to(tl.int64) * part
+    if GATES == 2:
+        share = share * 0
+    first, start, length = _begin(initial, grad_last, lengths, b, d, D, T, DEFAULT, INITIAL, LENGTHS, BACK)
+    j = tl.arange(0, CHUNKS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
+    of, to = _place(
+        gates, tokens, past, y, d_gates, j, b, block, c[None, :, :], share, T,
+        gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DOWN, BACK, CHANNELS, WIDE,
     )  # fmt: skip
-    state = begin
+    state = start
     constant = tl.zeros_like(first)
-    for n in tl.range(0, T, STEPS, num_stages=STAGES):
-        i = n + tl.arange(0, STEPS)[:, None]
-        g, x = _load(of, i, inside, T, length, GATES, TOKENS, DOWN, BACK)
-        g, x = tl.associative_scan((g, x), 0, combine)
-        out = x + g * state
-        constant += _store(to, out, first, i, inside, T, length, GATES, KEEP, DOWN, BACK)
-        state = row(out, STEPS - 1, STEPS)[None, :]
-    if broken(state):
-        state, constant = _one_by_one(
-            of, to, begin, first, 0, T, inside, T, length, GATES, TOKENS, KEEP, DOWN, BACK
+    for n in tl.range(0, T, ROWS * CHUNKS, num_stages=STAGES):
+        g, x = _load(of, n, j, inside, T, length, GATES, TOKENS, LENGTHS, DOWN, BACK)
+        if CHUNKS == 1:
+            out, state = in_order(g, x, state, ROWS)
+        else:
+            factor, end, g, x, before_g, before_x = join(g, x, ROWS, CHUNKS)
+            out = states(g, x, before_g, before_x, state)
+            state = end + factor.to(tl.float32) * state
+        constant += _store(to, out, first, n, j, inside, T, length, GATES, KEEP, LENGTHS, DOWN, BACK)
+    if CHUNKS > 1 and broken(state):
+        of_one, to_one = _place(
+            gates, tokens, past, y, d_gates, tl.zeros((1, 1, 1), tl.int32), b, block, c[None, :, :], share, T,
+            gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DOWN, BACK, CHANNELS, WIDE,
         )  # fmt: skip
-    _end(of, last, state, b, d, D, length, DOWN, BACK)
+        state, constant = _one_by_one(
+            of_one, to_one, start, first, 0, T, inside, T, length, GATES, TOKENS, KEEP, LENGTHS, DOWN, BACK
+        )
+    _end(gates, last, state, b, d, D, length, gb, gt, gd, DOWN, BACK)
     if BACK and GATES == 2:
-        tl.store(to[1], constant, inside)
+        tl.store(d_gates + share + b * db + d * dd, constant, d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=TIME_STRIDES)
 def scan_chained(
-    gates, tokens, states, initial, grad_last, lengths, y, last, d_gates, words,
+    gates, tokens, past, initial, grad_last, lengths, y, last, d_gates, words,
     T, D, channel_blocks, part, gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, chains, tiles, stride, plane,
     GATES: tl.constexpr, TOKENS: tl.constexpr, DEFAULT: tl.constexpr, INITIAL: tl.constexpr, LENGTHS: tl.constexpr,
-    KEEP: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    KEEP: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr, GT: tl.constexpr, XT: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """STEPS steps of CHANNELS channels of one sequence.
+    """ROWS * CHUNKS steps of CHANNELS channels of one sequence.
 
     words: the tickets drawn, then (3, tiles, chains, CHANNELS) factors, ends and states.
     """
+    if GT == 1:
+        gt = GT
+    if XT == 1:
+        xt, yt = XT, XT
     ticket = tl.atomic_add(words, 1)  # what a tile waits for has been started before it
     chain = (ticket % chains).to(tl.int32)
     k = (ticket // chains).to(tl.int32)
     block = chain % channel_blocks
     b = (chain // channel_blocks).to(tl.int64)
-    c = tl.arange(0, CHANNELS)
-    d = block * CHANNELS + c
-    inside = (d < D)[None, :]
+    c = tl.arange(0, CHANNELS)[None, :]
+    d = (block * CHANNELS + c).to(tl.int64)
+    inside = (d < D)[None, :, :]
     share = block.to(tl.int64) * part
     if GATES == 2:
         share = k.to(tl.int64) * part
-    of, to, first, begin, length = _place(
-        gates, tokens, states, initial, grad_last, lengths, y, d_gates, T, D, b, d, share,
-        gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DEFAULT, INITIAL, LENGTHS, BACK,
-    )  # fmt: skip
-    factors = words + 1 + chain * CHANNELS + c[None, :]  # of tile 0
+    first, start, length = _begin(initial, grad_last, lengths, b, d, D, T, DEFAULT, INITIAL, LENGTHS, BACK)
+    factors = words + 1 + chain * CHANNELS + c  # of tile 0
     ends, lasts = factors + plane, factors + 2 * plane
     mine = k.to(tl.int64) * stride
-
-    i = k * STEPS + tl.arange(0, STEPS)[:, None]
-    g, x = _load(of, i, inside, T, length, GATES, TOKENS, DOWN, BACK)
-    g, x = tl.associative_scan((g, x), 0, combine)
-    factor, end = row(g, STEPS - 1, STEPS)[None, :], row(x, STEPS - 1, STEPS)[None, :]
+    n = k * (ROWS * CHUNKS)
+    j = tl.arange(0, CHUNKS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
+    of, to = _place(
+        gates, tokens, past, y, d_gates, j, b, block, c[None, :, :], share, T,
+        gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DOWN, BACK, CHANNELS, WIDE,
+    )  # fmt: skip
+    g, x = _load(of, n, j, inside, T, length, GATES, TOKENS, LENGTHS, DOWN, BACK)
+    factor, end, g, x, before_g, before_x = join(g, x, ROWS, CHUNKS)
+    factor = factor.to(tl.float32)
     bad = tl.maximum(broken(factor), broken(end))
-    publish(factors + mine, factor, 1 + bad, inside)
-    publish(ends + mine, end, 1 + bad, inside)
-    state, others = incoming(factors, ends, lasts, k, stride, begin, inside, GROUP)
+    publish(factors + mine, factor, 1 + bad, d < D)
+    publish(ends + mine, end, 1 + bad, d < D)
+    state, others = incoming(factors, ends, lasts, k, stride, start, d < D, GROUP)
     after = end + factor * state
     bad = tl.maximum(tl.maximum(bad, others), broken(after))
     if bad == 0:
-        publish(lasts + mine, after, 1, inside)
-        constant = _store(to, x + g * state, first, i, inside, T, length, GATES, KEEP, DOWN, BACK)
+        publish(lasts + mine, after, 1, d < D)
+        out = states(g, x, before_g, before_x, state)
+        constant = _store(to, out, first, n, j, inside, T, length, GATES, KEEP, LENGTHS, DOWN, BACK)
     else:
+        state = start
         if k > 0:
-            state = value(await_words(lasts + mine - stride, inside))
-        else:
-            state = begin
+            state = value(await_words(lasts + mine - stride, d < D))
+        of_one, to_one = _place(
+            gates, tokens, past, y, d_gates, tl.zeros((1, 1, 1), tl.int32), b, block, c[None, :, :], share, T,
+            gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DOWN, BACK, CHANNELS, WIDE,
+        )  # fmt: skip
         after, constant = _one_by_one(
-            of, to, state, first, k * STEPS, k * STEPS + STEPS, inside, T, length, GATES, TOKENS, KEEP, DOWN, BACK
-        )
-        publish(lasts + mine, after, 1, inside)
+            of_one, to_one, state, first, n, tl.minimum(n + ROWS * CHUNKS, T), inside, T, length,
+            GATES, TOKENS, KEEP, LENGTHS, DOWN, BACK,
+        )  # fmt: skip
+        publish(lasts + mine, after, 1, d < D)
     if k == tiles - 1:
-        _end(of, last, after, b, d, D, length, DOWN, BACK)
+        _end(gates, last, after, b, d, D, length, gb, gt, gd, DOWN, BACK)
     if BACK and GATES == 2:
-        tl.store(to[1], constant, inside)
+        tl.store(d_gates + share + b * db + d * dd, constant, d < D)
 
 
 class Plan(NamedTuple):
-    """How a run is cut. chained: a program for each tile, else one for all tiles of its channels."""
+    """How a run is cut. chained: a program for each tile, else one for all tiles of its channels. A tile's steps are
+    rows * chunks: rows within a thread."""
 
     chained: bool
-    steps: int
+    rows: int
+    chunks: int
     channels: int
     num_warps: int
     stages: int = 2
+
+    @property
+    def steps(self) -> int:
+        return self.rows * self.chunks
 
 
 def plan(batch: int, steps: int, width: int, by_time: bool) -> Plan:
     """by_time: a channel's steps lie side by side in memory, not a step's channels."""
     if by_time:
-        return Plan(False, power_of_2(steps, 16, 512), power_of_2(width, 1, 4), 4)
-    channels = power_of_2(width, 8, 32)
-    if batch * blocks(width, channels) < 128 and steps >= 2048:
-        return Plan(True, 256, channels, 4)
-    return Plan(False, power_of_2(steps, 16, 64), channels, 4)
+        return Plan(False, 4, power_of_2(blocks(steps, 4), 4, 128), power_of_2(width, 1, 4), 4)
+    channels = 32
+    if batch * blocks(width, channels) < 64 and steps >= 2048:
+        return Plan(True, 32, 4, channels, 4)
+    return Plan(False, power_of_2(steps, 4, 32), 1, channels, 1, 4)
 
 
 def _by_time(t: Tensor) -> bool:
@@ -308,7 +389,11 @@ def run(
             part, of_gates = batch * width, (width, 0, 1)
         sizes = (steps, width, per_sequence, part, *strides, *of_gates)
         given = tokens is not None, default, initial is not None, lengths is not None
-        what = (kind, *given, states is not None and not back, down, back, cut.steps, cut.channels)
+        reach = max(abs(s) for s in (*strides, *of_gates)) * (cut.steps + cut.channels)
+        wide = tl.int32 if reach < 2**31 else tl.int64
+        known = tuple(1 if s == 1 else 0 for s in (strides[1], x.stride(1)))
+        what = (kind, *given, states is not None and not back, down, back, *known, wide)
+        what = (*what, cut.rows, cut.chunks, cut.channels)
         if not cut.chained:
             return Config((chains,), sizes, (*what, cut.stages), cut.num_warps)
         stride = chains * cut.channels
