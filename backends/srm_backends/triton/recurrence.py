@@ -39,19 +39,19 @@ def _row(tile, at, ROWS: tl.constexpr):
 
 @triton.jit
 def _last_rows(tile, ROWS: tl.constexpr):
-    """Of a tile (ROWS, chunks, channels) the last row, (chunks, channels)."""
-    return tl.sum(tl.where((tl.arange(0, ROWS) == ROWS - 1)[:, None, None], tile, 0), 0)
+    """Of a tile (chunks, ROWS, channels) the last row, (chunks, channels)."""
+    return tl.sum(tl.where((tl.arange(0, ROWS) == ROWS - 1)[None, :, None], tile, 0), 1)
 
 
 @triton.jit
 def join(g, x, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
-    """What the steps of a tile make of the state s that comes in, step c * ROWS + r at [r, c].
+    """What the steps of a tile make of the state that comes in, step c * ROWS + r at [c, r].
 
-    Returns (factor, end) of the tile, (1, channels), and for `states` (factors, ends) within chunks, (rows, chunks,
-    channels), and before them, (chunks, channels). Time runs along the first axis within a thread, so that only the
-    chunks' ends have to be passed between threads.
+    Returns (factor, end) of the tile, (1, channels), and for `states` (factors, ends) within chunks, (chunks, rows,
+    channels), and before them, (chunks, channels). As Triton lays such a tile out, lanes and warps share its channels
+    and chunks and each has all rows of its own: only the chunks' ends have to be passed between threads.
     """
-    g, x = tl.associative_scan((g, x), 0, _combine)
+    g, x = tl.associative_scan((g, x), 1, _combine)
     of_g, of_x = _last_rows(g, ROWS), _last_rows(x, ROWS)
     one, zero = tl.full(of_g.shape, 1, of_g.dtype), tl.zeros(of_x.shape, tl.float32)
     of_g, of_x, before_g, before_x = tl.associative_scan((of_g, of_x, one, zero), 0, _combine_before)
@@ -61,15 +61,15 @@ def join(g, x, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
 @triton.jit
 def states(g, x, before_g, before_x, state):
     """The states of a tile's steps, from that which comes in, (1, channels)."""
-    return x + g.to(tl.float32) * (before_x + before_g.to(tl.float32) * state)[None, :, :]
+    return x + g.to(tl.float32) * (before_x + before_g.to(tl.float32) * state)[:, None, :]
 
 
 @triton.jit
 def in_order(g, x, state, ROWS: tl.constexpr):
     """(the states of a tile of one chunk, the last one), made in the order of the plain loop."""
-    r = tl.arange(0, ROWS)[:, None, None]
-    x = tl.where(r == 0, g.to(tl.float32) * state[None, :, :] + x, x)
-    _, x = tl.associative_scan((g, x), 0, _combine)
+    r = tl.arange(0, ROWS)[None, :, None]
+    x = tl.where(r == 0, g.to(tl.float32) * state[:, None, :] + x, x)
+    _, x = tl.associative_scan((g, x), 1, _combine)
     return x, _last_rows(x, ROWS)
 
 

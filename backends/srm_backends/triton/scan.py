@@ -24,9 +24,6 @@ from srm_backends.triton.recurrence import await_words, broken, in_order, incomi
 from srm_core.context import LaunchContext, Residuals
 
 FULL, STEPWISE, CONSTANT = 0, 1, 2  # gates (B, T, D); (B, T, 1); constant in time
-# Unknown to the compiler, they keep it from giving several channels to a thread and several steps to a warp: each lane
-# has a channel, and time runs within it.
-TIME_STRIDES = ("gt", "xt", "yt")
 GROUP = 16  # tiles that find their incoming state together
 
 
@@ -35,7 +32,7 @@ def _load(
     of, n, j, inside, T, length,
     GATES: tl.constexpr, TOKENS: tl.constexpr, LENGTHS: tl.constexpr, DOWN: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """(g, x) of the steps n + j of the run, (rows, chunks, 1). of: see `_place`."""
+    """(g, x) of the steps n + j of the run, (chunks, rows, 1). of: see `_place`."""
     gates, tokens = of
     i = n + j
     on = tl.cast(n, tl.int64)
@@ -202,7 +199,7 @@ def _end(gates, last, state, b, d, D, length, gb, gt, gd, DOWN: tl.constexpr, BA
     tl.store(last + b * D + d, state.to(last.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=TIME_STRIDES)
+@triton.jit
 def scan_tiles(
     gates, tokens, past, initial, grad_last, lengths, y, last, d_gates,
     T, D, channel_blocks, part, gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd,
@@ -224,7 +221,7 @@ def scan_tiles(
     if GATES == 2:
         share = share * 0
     first, start, length = _begin(initial, grad_last, lengths, b, d, D, T, DEFAULT, INITIAL, LENGTHS, BACK)
-    j = tl.arange(0, CHUNKS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
+    j = tl.arange(0, CHUNKS)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
     of, to = _place(
         gates, tokens, past, y, d_gates, j, b, block, c[None, :, :], share, T,
         gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DOWN, BACK, CHANNELS, WIDE,
@@ -253,7 +250,7 @@ def scan_tiles(
         tl.store(d_gates + share + b * db + d * dd, constant, d < D)
 
 
-@triton.jit(do_not_specialize=TIME_STRIDES)
+@triton.jit
 def scan_chained(
     gates, tokens, past, initial, grad_last, lengths, y, last, d_gates, words,
     T, D, channel_blocks, part, gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, chains, tiles, stride, plane,
@@ -285,7 +282,7 @@ def scan_chained(
     ends, lasts = factors + plane, factors + 2 * plane
     mine = k.to(tl.int64) * stride
     n = k * (ROWS * CHUNKS)
-    j = tl.arange(0, CHUNKS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
+    j = tl.arange(0, CHUNKS)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
     of, to = _place(
         gates, tokens, past, y, d_gates, j, b, block, c[None, :, :], share, T,
         gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DOWN, BACK, CHANNELS, WIDE,
