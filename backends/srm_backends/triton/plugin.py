@@ -26,6 +26,7 @@ def _kernel(op: str, target: str, backward: str | None = None) -> Kernel:
 
 KERNELS = (
     _kernel("scan", "scan:forward", "scan:backward"),
+    _kernel("recurrent_mix", "recurrent_mix:forward", "recurrent_mix:backward"),
     _kernel("recurrent_step", "recurrent_step:forward", "recurrent_step:backward"),
     _kernel("recurrent_step_", "recurrent_step:forward_"),
     _kernel("mdi", "mdi:forward", "mdi:backward"),

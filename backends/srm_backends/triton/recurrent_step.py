@@ -44,8 +44,10 @@ def modes(mode: tuple[str, ...], device: torch.device) -> tuple[int, Tensor | No
 def is_row(heads, h, inside, MODE: tl.constexpr):
     """Which of the heads h are row heads."""
     if MODE == 2:
-        return tl.load(heads + h, inside, other=0) != 0
-    return h * 0 == MODE
+        row = tl.load(heads + h, inside, other=0) != 0
+    else:
+        row = h * 0 == MODE
+    return row
 
 
 @triton.jit
@@ -178,10 +180,10 @@ def indexed(index: Any) -> tuple[Tensor | None, int, int]:
     return None, 0, int(index)
 
 
-def _tile(x: Tensor) -> tuple[int, int]:
+def _tile(x: Tensor, most: int) -> tuple[int, int]:
     """(rows, channels)."""
     width = x.shape[-1]
-    size = power_of_2(x.numel() // FEWEST, 512, TILE * x.element_size())
+    size = power_of_2(x.numel() // FEWEST, 512, most)
     channels = power_of_2(width, 16, size)
     return size // channels, channels
 
@@ -217,7 +219,7 @@ def _step(
     strides = (*x.stride(), *state.stride(), *weight.stride(), *bias.stride(), *decay.stride(), index_stride)
 
     def configure() -> Config:
-        (batch, H, D), (rows, width) = x.shape, _tile(x)
+        (batch, H, D), (rows, width) = x.shape, _tile(x, TILE * x.element_size())
         sizes = (batch * H, H, D, weight.shape[1], state.shape[0], *strides, H * D, *new.stride())
         grid = blocks(batch * H, rows), blocks(D, width)
         return Config(grid, sizes, (which, position is None, slots is not None, rows, width))
@@ -241,7 +243,7 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Tensor, grad_stat
     strides = (*(s for t in strided for s in t.stride()), index_stride)
 
     def configure() -> Config:
-        rows, width = _tile(x)
+        rows, width = _tile(x, TILE)
         sizes = (batch * H, 2 * batch * H, H, D, weight.shape[1], H * D, *strides)
         return Config((blocks(batch * H, rows),), sizes, (which, position is None, rows, width))
 

@@ -24,6 +24,8 @@ from srm_backends.triton.recurrence import await_words, broken, in_order, incomi
 from srm_core.context import LaunchContext, Residuals
 
 FULL, STEPWISE, CONSTANT = 0, 1, 2  # gates (B, T, D); (B, T, 1); constant in time
+MANY = 120  # programs that each go through all steps: nearly one for each multiprocessor
+LONG = 2048  # steps
 GROUP = 16  # tiles that find their incoming state together
 
 
@@ -335,14 +337,20 @@ class Plan(NamedTuple):
         return self.rows * self.chunks
 
 
-def plan(batch: int, steps: int, width: int, by_time: bool) -> Plan:
-    """by_time: a channel's steps lie side by side in memory, not a step's channels."""
+def plan(batch: int, steps: int, width: int, size: int, by_time: bool, back: bool) -> Plan:
+    """As measured. size: of an element in bytes; by_time: a channel's steps lie side by side in memory, not a step's
+    channels; back: the gradient's run, which keeps more in registers."""
+    vector = 16 // size  # elements of one access
     if by_time:
-        return Plan(False, 4, power_of_2(blocks(steps, 4), 4, 128), power_of_2(width, 1, 4), 4)
-    channels = 32
-    if batch * blocks(width, channels) < 64 and steps >= 2048:
-        return Plan(True, 32, 4, channels, 4)
-    return Plan(False, power_of_2(steps, 4, 32), 1, channels, 1, 4)
+        return Plan(False, vector, power_of_2(blocks(steps, vector), 4, 128), power_of_2(width, 1, 4), 4)
+    threads, most = 128, (16 if back else 32) // vector  # rows: with more, registers spill
+    # Each thread has a vector of channels in one chunk: else rows would be shared between threads.
+    for channels in (32, 16):
+        chunks = threads * vector // channels
+        if batch * blocks(width, channels) >= MANY or steps < LONG:
+            rows = power_of_2(blocks(steps, chunks), 1, most)
+            return Plan(False, rows, chunks, channels, threads // 32, 3)
+    return Plan(True, 2 * most, threads * vector // 32, 32, threads // 32)
 
 
 def _by_time(t: Tensor) -> bool:
@@ -386,7 +394,8 @@ def run(
             part, of_gates = batch * width, (width, 0, 1)
         sizes = (steps, width, per_sequence, part, *strides, *of_gates)
         given = tokens is not None, default, initial is not None, lengths is not None
-        reach = max(abs(s) for s in (*strides, *of_gates)) * (cut.steps + cut.channels)
+        reach = max(abs(s) for a in (strides[1:3], strides[4:6], strides[7:9], of_gates[1:]) for s in a)
+        reach *= cut.steps + cut.channels  # what a program adds to its own place in memory
         wide = tl.int32 if reach < 2**31 else tl.int64
         known = tuple(1 if s == 1 else 0 for s in (strides[1], x.stride(1)))
         what = (kind, *given, states is not None and not back, down, back, *known, wide)
@@ -427,7 +436,7 @@ def forward(
         return y, last
     initial = None if initial_state is None else initial_state.contiguous()
     lengths = None if lengths is None else lengths.to(gates.device).contiguous()
-    cut = plan(batch, steps, width, by_time)
+    cut = plan(batch, steps, width, y.element_size(), by_time, False)
     kind = _kind(gates, steps, width)
     states = None
     if ctx.wants_residuals and y.dtype != torch.float32 and not (kind == FULL and gates.dtype == y.dtype):
@@ -452,7 +461,7 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Tensor, grad_last
     d_tokens = _empty(ctx, grad_y, by_time)
     if states.stride() != d_tokens.stride():  # it has been elsewhere since the forward
         states, d_tokens = states.contiguous(), _empty(ctx, grad_y, False)
-    kind, cut = _kind(gates, steps, width), plan(batch, steps, width, by_time)
+    kind, cut = _kind(gates, steps, width), plan(batch, steps, width, d_tokens.element_size(), by_time, True)
     if kind == FULL:
         d_gates = _empty(ctx, grad_y, _by_time(d_tokens), gates.dtype)
     elif kind == STEPWISE:

@@ -1,0 +1,183 @@
+"""Every Triton kernel compiled ahead of time, which needs no GPU: for Ampere and Hopper, within a budget.
+
+The wrappers run on tensors of the meta device; what they would launch is compiled as Triton would specialise it.
+`python tests/test_triton_compile.py` writes the budget anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None or find_spec("torch") is None, reason="needs triton")
+
+BUDGET = Path(__file__).with_name("triton_budget.json")
+ARCHITECTURES = (80, 90)
+DTYPES = ("float32", "bfloat16")
+MODULES = ("mdi", "recurrent_mix", "recurrent_step", "scan")
+
+
+def calls(dtype: str) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """(operator, arguments, options): sizes that are compiled as the large ones are."""
+    import torch
+
+    def t(*shape: int, dtype: str = dtype) -> Any:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    z = t(8, 4096, 1024)
+    yield "mdi", (z, z, z, z, z), {"eps": 1e-6}
+    mixed = ("row",) * 16 + ("col",) * 16
+    x, w = t(8192, 32, 128), t(32, 512)
+    yield "recurrent_step", (x, x, w, w, t(32), mixed, 5), {}
+    yield "recurrent_step", (t(64, 32, 128), t(64, 32, 128), w, w, t(32), mixed, t(64, dtype="int64")), {}
+    yield "recurrent_step_", (t(64, 32, 128), x, w, w, t(32), mixed, 5), {"slots": t(64, dtype="int64")}
+    yield "recurrent_mix", (t(8, 4096, 12, 128), t(12, 4096), t(12, 4096), t(12), mixed[10:22]), {}
+    for batch, steps, width in ((8, 4096, 1536), (1, 131072, 512)):
+        x = t(batch, steps, width)
+        yield "scan", (x, x), {}
+        yield "scan", (t(batch, 1, width), x), {}
+    by_time = t(8, 1536, 4096).transpose(1, 2)
+    yield "scan", (by_time, by_time), {}
+
+
+class Meta:
+    """A launch context on the meta device."""
+
+    wants_residuals = True
+    device = array_library = None
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, device="meta")
+
+    zeros = scratch = empty
+
+    def keep(self, name: str, array: Any) -> None:
+        self.kept[name] = array
+
+
+def launches(dtype: str) -> dict[str, tuple[Any, ...]]:
+    """By name: (kernel, tensors, scalars, configuration) of all that the calls and their gradients would launch."""
+    import torch
+
+    from srm_backends.triton import plugin
+    from srm_core.context import Residuals
+    from srm_core.registry import _imported, registry
+
+    found: dict[str, tuple[Any, ...]] = {}
+
+    def record(_: Any, kernel: Any, key: Any, tensors: Any, configure: Any, scalars: Any = ()) -> None:
+        config = configure()
+        name = f"{kernel.fn.__name__} {dtype} {' '.join(map(str, config.constants))}"
+        found[name] = kernel, tensors, scalars, config
+
+    targets = {k.op: k for k in plugin.KERNELS}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in MODULES:
+            patch.setattr(f"srm_backends.triton.{module}.launch", record)
+        for op, args, options in calls(dtype):
+            context: Any = Meta()
+            args, options = registry().spec(op).bind(args, options)
+            result = _imported(targets[op].forward)(context, *args, **options)
+            if targets[op].backward:
+                grads = [torch.empty_like(r) for r in registry().spec(op).unpack(result)]
+                _imported(targets[op].backward)(context, Residuals(args, options, context.kept), *grads)
+    return found
+
+
+def compiled(kernel: Any, tensors: Any, scalars: Any, config: Any, architecture: int) -> Any:
+    """What Triton would make of a launch on a GPU of this architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"float32": "*fp32", "bfloat16": "*bf16", "int64": "*i64", "int8": "*i8"}
+    values = [*tensors, *scalars, *config.sizes, *config.constants]
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, values, strict=True)):
+        if i >= len(values) - len(config.constants) or value is None:
+            signature[name], constants[i,] = "constexpr", value
+        elif i < len(tensors):
+            signature[name], attributes[i,] = types[str(value.dtype)[6:]], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and i >= len(tensors) + len(scalars):
+            signature[name], constants[i,] = "constexpr", 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and i >= len(tensors) + len(scalars):
+                attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(cubin: bytes, path: Path) -> dict[str, int]:
+    """Registers, and bytes of a thread's stack: what has spilled, mostly."""
+    import triton
+
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_kernel_compiles_within_its_budget(dtype: str, architecture: int, tmp_path: Path) -> None:
+    budget = json.loads(BUDGET.read_text())[f"sm_{architecture}"]
+    over = {}
+    for name, what in launches(dtype).items():
+        used = resources(compiled(*what, architecture).asm["cubin"], tmp_path / "kernel.cubin")
+        if used["registers"] > budget[name]["registers"] + 8 or used["stack"] > budget[name]["stack"] + 64:
+            over[name] = used
+    assert not over
+
+
+def test_every_kernel_of_the_backend_is_compiled() -> None:
+    import importlib
+
+    import triton
+
+    there = set()
+    for module in MODULES:
+        for name, value in vars(importlib.import_module(f"srm_backends.triton.{module}")).items():
+            if isinstance(value, triton.runtime.JITFunction) and value.fn.__module__.endswith(f".{module}"):
+                there |= {name} if "tl.store(" in value.src and not name.startswith("_") else set()
+    assert there == {name.partition(" ")[0] for name in launches("float32")}
+
+
+def test_reads_and_writes_are_of_16_bytes_where_memory_is_dense() -> None:
+    for name, what in launches("float32").items():
+        if name.startswith(("mdi_", "step_forward float32 2 True False")):
+            ptx = compiled(*what, 90).asm["ptx"]
+            assert "ld.global.v4.b32" in ptx, name
+            assert "st.global.v4.b32" in ptx, name
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    budget: dict[str, dict[str, dict[str, int]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for a in ARCHITECTURES:
+            every = [(n, w) for d in DTYPES for n, w in launches(d).items()]
+            budget[f"sm_{a}"] = {n: resources(compiled(*w, a).asm["cubin"], Path(folder, "k")) for n, w in every}
+    BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+    sys.stdout.write(BUDGET.read_text())
