@@ -38,9 +38,7 @@ class Bridge:
         self.many = {p.name for p in call.spec.tensors if p.many}
 
     def context(self, kept: dict[str, Any] | None = None) -> ForeignContext:
-        return ForeignContext(
-            self.target, self.caller, self.device, self.state, self.view, self.back, kept, self.memo
-        )
+        return ForeignContext(self.target, self.caller, self.device, self.state, self.view, self.back, kept, self.memo)
 
     def inward(self, name: str, value: Any) -> Any:
         if name in self.many:

@@ -71,8 +71,8 @@ class Meta:
 def launches(dtype: str) -> dict[str, tuple[Any, ...]]:
     """By name: (kernel, tensors, scalars, configuration) of all that the calls and their gradients would launch."""
     import torch
-
     from srm_backends.triton import plugin
+
     from srm_core.context import Residuals
     from srm_core.registry import _imported, registry
 

@@ -48,9 +48,9 @@ def launch(
 ) -> None:  # fmt: skip
     """Run `kernel` on the caller's current stream.
 
-    kernel: a function of `triton.jit` whose parameters are a pointer for each of `tensors`, then the `scalars`, which it
-    does not specialise on, then the sizes and constants of `configure()`. key: whatever `configure` looks at beside
-    what all calls of this kind have in common (`LaunchContext.memo`): strides, mostly.
+    kernel: a function of `triton.jit` whose parameters are a pointer for each of `tensors`, then the `scalars`, on
+    which it does not specialise, then the sizes and constants of `configure()`. key: whatever `configure` looks at
+    beside what all calls of this kind have in common (`LaunchContext.memo`): strides, mostly.
     Errors: `KernelError` with the kernel's name and configuration if it cannot be compiled or started.
     """
     if INTERPRETED:

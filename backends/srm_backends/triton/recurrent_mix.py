@@ -2,9 +2,10 @@
 
     row: s_t = w_t * x_t + d * s_{t-1},  y_t = s_t + b_t        col: s_t = x_t + d * s_{t-1},  y_t = w_t * s_t + b_t
 
-A program takes all steps of CHANNELS channels of one head of one sequence, ROWS * CHUNKS at a time, as `scan_tiles` does:
-x is read once and y written once. The states are written only if a backward will follow, which reads them. It runs
-against time and leaves each program's share of the gradients of w, b and d, which are added in one order afterwards.
+A program takes all steps of CHANNELS channels of one head of one sequence, ROWS * CHUNKS at a time, as `scan_tiles`
+does: x is read once and y written once. The states are written only if a backward will follow, which reads them. It
+runs against time and leaves each program's share of the gradients of w, b and d, which are added in one order
+afterwards.
 w and b are NaN at a position out of range, which gets no gradient.
 """
 
@@ -116,7 +117,7 @@ def mix_forward(
     if broken(state):
         state = begin
         one = tl.zeros((1, 1, 1), tl.int32)
-        for n in range(0, T):
+        for n in range(T):
             g1, token1, w_out1, of_b1 = _forward_steps(
                 x0, weight, bias, n, one, position, length, d, row, inside, L, xt, wl, bl
             )  # fmt: skip
@@ -160,8 +161,7 @@ def mix_backward(
     MODE: tl.constexpr, SHARED: tl.constexpr, INITIAL: tl.constexpr, LENGTHS: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """a_t = w_out * dy_t + d * a_{t+1}, dx = w_in * a, and the shares parts (2, blocks, B, T, H), of_decay (blocks, B, H).
-    """
+    """a_t = w_out * dy_t + d * a_{t+1}, dx = w_in * a; shares in parts (2, blocks, B, T, H), of_decay (blocks, B, H)."""
     block, h, b, c = _head(head_blocks, H, CHANNELS)
     inside = (c < D)[None, :, :]
     length = T
@@ -198,7 +198,7 @@ def mix_backward(
         state = begin
         of_d = tl.zeros(c.shape, tl.float32)
         one = tl.zeros((1, 1, 1), tl.int32)
-        for n in range(0, T):
+        for n in range(T):
             g1, dy1, token1, w_in1, t1 = _backward_steps(
                 g0, weight, n, one, position, length, d, row, inside, T, L, gt, wl
             )  # fmt: skip

@@ -152,7 +152,7 @@ def gather_positions(
     parts, start, d_weight, d_bias, start_value,
     B, T, H, L, sequence, plane, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d_weight[h, l] = the sum of parts[0, b, t, h] with start[b] + t = l, d_bias likewise of parts[1]; in one order."""
+    """d_weight[h, l] = the sum of parts[0, b, t, h] with start[b] + t = l, d_bias of parts[1]; in one order."""
     h = tl.program_id(0)
     l = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     of_w = tl.zeros((BLOCK,), tl.float32)
@@ -263,7 +263,9 @@ def sum_positions(
     block = power_of_2(length, 16, 128)
 
     def configure() -> Config:
-        return Config((H, blocks(length, block)), (batch, steps, H, length, steps * H, batch * steps * H), (start is None, block))
+        return Config(
+            (H, blocks(length, block)), (batch, steps, H, length, steps * H, batch * steps * H), (start is None, block)
+        )
 
     if length:
         launch(ctx, gather_positions, None, (parts, start, d_weight, d_bias), configure, (value,))
