@@ -161,7 +161,7 @@ def mix_backward(
     MODE: tl.constexpr, SHARED: tl.constexpr, INITIAL: tl.constexpr, LENGTHS: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """a_t = w_out * dy_t + d * a_{t+1}, dx = w_in * a; shares in parts (2, blocks, B, T, H), of_decay (blocks, B, H)."""
+    """a_t = w_out * dy_t + d * a_{t+1}, dx = w_in * a; shares: parts (2, blocks, B, T, H), of_decay (blocks, B, H)."""
     block, h, b, c = _head(head_blocks, H, CHANNELS)
     inside = (c < D)[None, :, :]
     length = T
