@@ -23,7 +23,7 @@ from torch_targets import host_seconds, measured, rand
 import srm_core
 
 Call = Callable[[], Any]
-BYTES = 1 << 30  # of the copy, read and written
+BYTES = 1 << 31  # of the copy, read and written
 
 
 class Row(NamedTuple):

@@ -345,7 +345,7 @@ def plan(batch: int, steps: int, width: int, size: int, by_time: bool, back: boo
         return Plan(False, vector, power_of_2(blocks(steps, vector), 4, 128), power_of_2(width, 1, 4), 4)
     threads, most = 128, (16 if back else 32) // vector  # rows: with more, registers spill
     # Each thread has a vector of channels in one chunk: else rows would be shared between threads.
-    for channels in (64, 32, 16) if vector > 4 and not back else (32, 16):
+    for channels in (32, 16):
         chunks = threads * vector // channels
         if batch * blocks(width, channels) >= MANY or steps < LONG:
             rows = power_of_2(blocks(steps, chunks), 1, most)
