@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from built_in import BUILT_IN
 
 from srm_core.describe import describe
 from srm_core.ops import SPECS
@@ -62,7 +63,7 @@ def test_backend_by_argument_and_environment():
 
 
 def test_unknown_backend():
-    known = "known: auto, mps, numpy, reference, torch; did you mean 'numpy'?"
+    known = f"known: {', '.join(['auto', *BUILT_IN])}; did you mean 'numpy'?"
     refused(srm("generate", SRM_BACKEND="nunpy"), "SRM_BACKEND=nunpy: no backend is called 'nunpy'", known)
     refused(srm("generate", "--backend", "nunpy"), "no backend is called 'nunpy'", known)
     refused(srm("backends", SRM_BACKEND_SCNA="numpy"), "no operator is called 'scna'", "did you mean 'scan'?")
@@ -184,7 +185,7 @@ def test_backends():
     for word in ("scan", "recurrent_mix", "numpy", "reference", "forward+backward", "so it has no gradient"):
         assert word in run.stdout
     table = json.loads(srm("backends", "--json").stdout)
-    assert {b["name"] for b in table["backends"]} == {"mps", "numpy", "reference", "torch"}
+    assert {b["name"] for b in table["backends"]} == set(BUILT_IN)
     assert {c["op"] for c in table["operators"]} == set(SPECS)
 
 

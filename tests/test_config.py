@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built_in import BUILT_IN
 
 import srm_core
 from srm_core.config import Config, parse_selection
@@ -101,7 +102,7 @@ def test_unknown_backend(environ: Any, arrays: Any, say: Any, source: str) -> No
         say(environ, arrays, "numpi")
     message = str(caught.value)
     assert message.startswith(f"{source}: no backend is called 'numpi'")
-    assert "known: auto, mps, numpy, reference, torch" in message
+    assert f"known: {', '.join(['auto', *BUILT_IN])}" in message
     assert "did you mean 'numpy'?" in message
 
 

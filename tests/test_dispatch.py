@@ -391,7 +391,9 @@ def test_explain(plugin: Any, arrays: Any) -> None:
     plugin.backend("Kernel('scan', 'plug:seven', dtypes=('float16',))")
     decision = srm_core.explain(srm_core.scan, *arrays, backend="plug,auto")
     assert decision.chosen == "numpy"
-    assert dict(decision.rows()) == {
+    rows = dict(decision.rows())
+    assert rows.pop("triton").startswith("runs on cuda; the arrays are on cpu (move the arrays there); needs ")
+    assert rows == {
         "plug": "takes float16, not float32 (cast the arrays)", "numpy": "runs it", "reference": "could run it",
         "torch": "could run it",
         "mps": "runs on mps; the arrays are on cpu (move the arrays there); needs macOS and an Apple GPU",
@@ -399,7 +401,7 @@ def test_explain(plugin: Any, arrays: Any) -> None:
     first, second, *table = str(decision).splitlines()
     assert first == "scan(gates=float32[2,3,4], tokens=float32[2,3,4], reverse=False) on numpy/cpu"
     assert second == "chosen: numpy (auto: takes numpy arrays natively, rank 0)"
-    assert [row.split()[0] for row in table if row] == ["plug", "numpy", "reference", "torch", "mps"]
+    assert [row.split()[0] for row in table if row] == ["plug", "numpy", "reference", "triton", "torch", "mps"]
 
 
 def test_explain_runs_nothing(plugin: Any, arrays: Any, decisions: list[Any]) -> None:
@@ -445,7 +447,7 @@ def test_trace(environ: Any, arrays: Any, tmp_path: Path) -> None:
         ("scan", "numpy", "default"), ("scan", "reference", "backend="), ("recurrent_step_", None, "backend="),
     ]  # fmt: skip
     assert rows[0]["candidates"] == [
-        {"backend": "numpy", "reasons": []}, *({"backend": b, "reasons": None} for b in ("reference", "torch", "mps")),
+        {"backend": "numpy", "reasons": []}, *({"backend": b, "reasons": None} for b in ("reference", "triton", "torch", "mps")),
     ]  # fmt: skip
     assert rows[2]["candidates"] == [{"backend": "numpy", "reasons": ["no-backward"]}]
     assert rows[0]["call"] == srm_core.explain("scan", *arrays).call

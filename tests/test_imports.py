@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from built_in import BUILT_IN
 
 HEAVY = "print(sorted({'torch', 'triton', 'cupy', 'jax', 'scipy', 'srm_conformance'} & set(sys.modules)))"
 SCAN = "import numpy as np; y, _ = srm_core.scan(np.ones((2, 3, 4)), np.ones((2, 3, 4))); assert y[0, 2, 0] == 3"
@@ -47,7 +48,7 @@ def test_listing_loads_no_kernel(run_python: Any) -> None:
         print(json.dumps([listed, names()]))
     """
     listed, called = json.loads(run_python(source))
-    assert listed == [f"srm_backends.{b}.plugin" for b in ("mps", "numpy", "reference", "torch")]
+    assert listed == [f"srm_backends.{b}.plugin" for b in BUILT_IN]
     assert "srm_backends.numpy.scan" in called
     assert "srm_backends.numpy.recurrent_mix" not in called
     assert "srm_backends.reference.kernels" not in called

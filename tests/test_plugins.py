@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built_in import BUILT_IN
 
 import srm_core
 from srm_core.registry import registry
@@ -15,7 +16,6 @@ from srm_core.registry import registry
 pytestmark = pytest.mark.usefixtures("environ")
 
 SEVEN = "Kernel('scan', 'plug:seven')"
-BUILT_IN = ("mps", "numpy", "reference", "torch")
 
 
 def info(fields: str) -> str:
@@ -65,7 +65,7 @@ def test_broken(plugin: Any, arrays: Any, kind: str) -> None:
     assert error in lost["error"]
     assert "Traceback (most recent call last)" in lost["traceback"]
     assert lost["error"].split(":")[0] in lost["traceback"]
-    assert [b["name"] for b in listing.backends] == list(BUILT_IN)
+    assert [b["name"] for b in listing.backends] == BUILT_IN
     np.testing.assert_array_equal(srm_core.scan(*arrays)[0], expected)
     with pytest.raises(srm_core.UnknownNameError, match="its plugin is quarantined"):
         srm_core.use_backend("plug")
@@ -367,7 +367,8 @@ def test_auto_never_picks_an_outsider(plugin: Any, arrays: Any) -> None:
     expected, _ = srm_core.scan(*arrays)
     plugin.backend("Kernel('scan', 'plug:seven', rank=1000)")
     np.testing.assert_array_equal(srm_core.scan(*arrays)[0], expected)
-    assert [c.backend for c in srm_core.explain("scan", *arrays).candidates] == ["numpy", "reference", "torch", "mps"]
+    candidates = [c.backend for c in srm_core.explain("scan", *arrays).candidates]
+    assert (candidates[0], sorted(candidates)) == ("numpy", BUILT_IN)
     for said in ("plug", "plug,auto", "plug,numpy"):
         assert (srm_core.scan(*arrays, backend=said)[0] == 7).all()
     np.testing.assert_array_equal(srm_core.scan(*arrays, backend="auto,plug")[0], expected)

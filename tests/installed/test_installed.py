@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import pytest
+from built_in import BUILT_IN
 
 SCAN = """
 import numpy as np, srm_core
@@ -74,7 +75,7 @@ def test_all_at_once(environment: Any) -> None:
     for lost in found["quarantined"]:
         assert lost["distribution"] == f"srm-{lost['name']}"
         assert lost["traceback"].startswith("Traceback (most recent call last)")
-    assert [b["name"] for b in found["backends"]] == ["mps", "numpy", "reference", "torch", "shared", "inventor"]
+    assert [b["name"] for b in found["backends"]] == [*BUILT_IN, "shared", "inventor"]
     unharmed(environment)
 
 
@@ -96,7 +97,7 @@ def test_two_claim_one_entry_point(environment: Any) -> None:
     environment.install("lacks", entry="same")
     error = "PluginError: the entry point 'same' is already taken by srm-lacks; uninstall one of the two"
     assert f"quarantined: same (srm-strange): {error}" in shown(environment)
-    assert [b["name"] for b in listed(environment)["backends"]] == ["mps", "numpy", "reference", "torch", "lacks"]
+    assert [b["name"] for b in listed(environment)["backends"]] == [*BUILT_IN, "lacks"]
     unharmed(environment)
 
 
@@ -110,7 +111,7 @@ def test_half_uninstalled(environment: Any) -> None:
     lines = shown(environment)
     assert "quarantined: strange (srm-strange): ModuleNotFoundError: No module named 'strange'" in lines
     assert "lacks: srm-no-such-thing>=2 is not installed (pip install 'srm-no-such-thing>=2')" in lines
-    assert [p["distribution"] for p in listed(environment)["plugins"]] == ["srm-core"] * 4 + ["unknown"] * 2
+    assert [p["distribution"] for p in listed(environment)["plugins"]] == ["srm-core"] * len(BUILT_IN) + ["unknown"] * 2
     unharmed(environment)
 
 
@@ -146,7 +147,7 @@ def test_probes(environment: Any) -> None:
         "answers: its probe raised PluginError: found 'n'; required a list of srm_core.spec.Reason, empty for yes",
     ):
         assert row in lines
-    for backend in listed(environment)["backends"][4:]:
+    for backend in listed(environment)["backends"][len(BUILT_IN) :]:
         assert [r.split(" raised")[0] for r in backend["reasons"]] == ["its probe"]
     unharmed(environment)
 
