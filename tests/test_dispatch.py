@@ -447,7 +447,8 @@ def test_trace(environ: Any, arrays: Any, tmp_path: Path) -> None:
         ("scan", "numpy", "default"), ("scan", "reference", "backend="), ("recurrent_step_", None, "backend="),
     ]  # fmt: skip
     assert rows[0]["candidates"] == [
-        {"backend": "numpy", "reasons": []}, *({"backend": b, "reasons": None} for b in ("reference", "triton", "torch", "mps")),
+        {"backend": "numpy", "reasons": []},
+        *({"backend": b, "reasons": None} for b in ("reference", "triton", "torch", "mps")),
     ]  # fmt: skip
     assert rows[2]["candidates"] == [{"backend": "numpy", "reasons": ["no-backward"]}]
     assert rows[0]["call"] == srm_core.explain("scan", *arrays).call
