@@ -28,7 +28,7 @@ def interpreted(folder: Path, *arguments: Any) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("check", ["values", "gradients", "lengths", "predicates"])
+@pytest.mark.parametrize("check", ["values", "gradients"])
 def test_the_suite_in_the_interpreter(check: str, tmp_path: Path) -> None:
     """In float32 and float16; the interpreter's bfloat16 is wrong, and not claimed."""
     out = interpreted(tmp_path, "--pyargs", "srm_conformance", "--srm-backend", "triton", "--srm-only", f"*/{check}/*")
