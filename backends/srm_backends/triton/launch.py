@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,16 @@ def _first(kernel: Any, config: Config, tensors: tuple[Tensor | None, ...], scal
 
 def _stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def multiprocessors(ctx: LaunchContext) -> int:
+    """How many the device has; where kernels are interpreted, as many as an H100."""
+    return 132 if INTERPRETED or ctx.device is None else _multiprocessors(ctx.device.index)
 
 
 def blocks(size: int, block: int) -> int:
