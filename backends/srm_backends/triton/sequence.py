@@ -1,0 +1,273 @@
+"""What the loops of `lstm` and `mdi_recurrence` share: a product with the same weights at every step.
+
+A program has ROWS sequences and UNITS channels, with the weights of all their gates on chip (HELD) for the whole
+sequence. Where that is all channels (ALONE), the state stays on chip too. Else programs tell each other the state, or
+the gradients of the gates, in words of a value and the number of the step, so that whoever reads a word knows whether
+it is the one that it waits for, and nothing needs a fence. There are two slots of words, for even steps and odd: a
+program writes one anew when it has read all of the other, which nobody could have written without having read this one.
+Programs that wait for each other must all run at once, for which the launch asks; where they cannot, each step is a
+launch (not WAIT).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from srm_backends.triton.launch import INTERPRETED, Config, blocks, launch, multiprocessors, power_of_2
+from srm_core.context import LaunchContext
+
+ON_CHIP = 128 * 1024  # bytes of weights that a program holds in its registers
+ALONE = 32  # channels, up to which a program of its own needs less time than several that wait for each other
+AT_ONCE = 32768  # words that a program receives for a product with weights on chip
+CHUNKS = 4  # launches among which the rows of a batch are shared at most, rather than one launch a step
+
+
+@triton.jit
+def word(values, step, WIDE: tl.constexpr):
+    """A float32 beside the number of a step in 64 bits (WIDE), or 16 bits of a half type beside it in 32."""
+    if WIDE:
+        bits = values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        found = bits | ((tl.zeros_like(bits) + step + 1) << 32)
+    else:
+        bits = values.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        found = bits | ((tl.zeros_like(bits) + step + 1) << 16)
+    return found
+
+
+@triton.jit
+def receive(words, inside, step, DTYPE: tl.constexpr, WAIT: tl.constexpr):
+    """The values of words of a step, as soon as all are there; 0 outside."""
+    WIDE: tl.constexpr = DTYPE == tl.float32
+    found = tl.load(words, inside, other=0, volatile=True)
+    if WAIT:
+        mark = (step + 1) if WIDE else (step + 1) & 0xFFFF
+        while tl.max((inside & (((found >> 32) if WIDE else (found >> 16) & 0xFFFF) != mark)).to(tl.int32)) != 0:
+            found = tl.load(words, inside, other=0, volatile=True)
+    if WIDE:
+        values = (found & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        values = (found & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.where(inside, values, tl.zeros_like(values))
+
+
+@triton.jit
+def column_of(BLOCK: tl.constexpr, GATES: tl.constexpr):
+    """(gate, unit) of the columns of a tile with all gates of its units, such that `apart` finds both halves of a pair
+    in one thread: 4 gates as [gate // 2, unit, gate % 2], 2 as [gate, unit]."""
+    column = tl.arange(0, BLOCK)
+    if GATES == 4:
+        gate = column // (BLOCK // 2) * 2 + column % 2
+        unit = column % (BLOCK // 2) // 2
+    else:
+        gate, unit = column // (BLOCK // 2), column % (BLOCK // 2)
+    return gate, unit
+
+
+@triton.jit
+def four_apart(tile, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """The gates of (ROWS, 4 UNITS), each (ROWS, UNITS)."""
+    tile = tl.permute(tl.reshape(tile, (ROWS, 2, UNITS, 2)), (0, 2, 3, 1))
+    even, odd = tl.split(tile)
+    first, second = tl.split(even)
+    third, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def four_together(first, second, third, fourth, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    tile = tl.join(tl.join(first, second), tl.join(third, fourth))  # (ROWS, UNITS, gate % 2, gate // 2)
+    return tl.reshape(tl.permute(tile, (0, 3, 1, 2)), (ROWS, 4 * UNITS))
+
+
+@triton.jit
+def two_apart(tile, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    first, second = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, UNITS)), (0, 2, 1)))
+    return first, second
+
+
+@triton.jit
+def two_together(first, second, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (ROWS, 2 * UNITS))
+
+
+@triton.jit
+def hold(weight, depth, column, there, stride_k, stride_n, K, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+    """Weights (BLOCK_K, columns), or (SPLIT, BLOCK_K / SPLIT, columns) of which each warp has its part.
+
+    depth: the row of BLOCK_K, `column`: of weights as they are in memory; there: is the column one?
+    """
+    at = weight + depth.to(tl.int64)[:, None] * stride_k + column.to(tl.int64)[None, :] * stride_n
+    tile = tl.load(at, (depth < K)[:, None] & there[None, :], other=0)
+    if SPLIT > 1:
+        tile = tl.reshape(tile, (SPLIT, BLOCK_K // SPLIT, tile.shape[1]))
+    return tile
+
+
+@triton.jit
+def times(values, held, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """(ROWS, columns): values (ROWS, BLOCK_K) on chip times weights that are held."""
+    if SPLIT > 1:
+        parts = tl.permute(tl.reshape(values, (ROWS, SPLIT, BLOCK_K // SPLIT)), (1, 0, 2))
+        found = tl.sum(tl.dot(parts, held, input_precision=PRECISION), 0)
+    else:
+        found = tl.dot(values, held, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def told(
+    words, row, rows, step, held, weight, column, there, stride_k, stride_n, K, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, HELD: tl.constexpr, WAIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, columns): what all programs told of a step, (rows, K), times weights: those `held`, or read again."""
+    DTYPE: tl.constexpr = weight.dtype.element_ty
+    base = words + (step % 2) * rows * K
+    if HELD:
+        if SPLIT > 1:
+            part = tl.arange(0, SPLIT)[:, None, None] * (BLOCK_K // SPLIT)
+            k = part + tl.arange(0, BLOCK_K // SPLIT)[None, None, :]
+            at, inside = base + row[None, :, None] * K + k, (row < rows)[None, :, None] & (k < K)
+            found = tl.sum(tl.dot(receive(at, inside, step, DTYPE, WAIT), held, input_precision=PRECISION), 0)
+        else:
+            k = tl.arange(0, BLOCK_K)[None, :]
+            at, inside = base + row[:, None] * K + k, (row < rows)[:, None] & (k < K)
+            found = tl.dot(receive(at, inside, step, DTYPE, WAIT), held, input_precision=PRECISION)
+    else:
+        found = tl.zeros((ROWS, column.shape[0]), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            at, inside = base + row[:, None] * K + k[None, :], (row < rows)[:, None] & (k < K)[None, :]
+            tile = hold(weight, k, column, there, stride_k, stride_n, K, BLOCK_K, 1)
+            values = receive(at, inside, step, DTYPE, WAIT)
+            found = tl.dot(values, tile, found, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def tell_first(values, like, words, count, BLOCK: tl.constexpr):
+    """The words of step 0, of values in float32, in the dtype of `like`."""
+    DTYPE: tl.constexpr = like.dtype.element_ty
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    tl.store(words + at, word(tl.load(values + at, there, other=0).to(DTYPE), 0, DTYPE == tl.float32), there)
+
+
+class Plan(NamedTuple):
+    """How a loop is shared among programs; together: do they wait for each other within a launch of `chunk` rows?"""
+
+    rows: int
+    units: int
+    block_k: int
+    split: int
+    warps: int
+    held: bool
+    alone: bool
+    together: bool
+    chunk: int
+
+
+def plan(ctx: LaunchContext, batch: int, width: int, gates: int, dtype: torch.dtype, backward: bool) -> Plan:
+    """For a state of `width` channels and products of `dtype`. A backward has the gates as rows of its weights."""
+    on_matrix_units = dtype is not torch.float32 or ctx.precision == "tf32"
+    block, most = power_of_2(width, 16, 1 << 30), multiprocessors(ctx)
+    depth, unit = block * (gates if backward else 1), block * gates * dtype.itemsize
+    least = (8 if backward else 32 // gates) if on_matrix_units else 4
+    choices = ((8, least), (8, 2 * least), (16, least), (16, 2 * least), (16, 4 * least))
+    if not on_matrix_units:
+        choices = tuple((4, least << n) for n in range(4))
+    together = not INTERPRETED
+    # Small shares come first: what a program receives at each step is what it waits for most.
+    for rows, units in choices:
+        rows = min(rows, power_of_2(batch, 1, 16))
+        if width <= ALONE or blocks(width, units) * blocks(batch, rows) > most:
+            continue
+        if units * unit > ON_CHIP or rows * depth > AT_ONCE:
+            return Plan(rows, units, min(depth, 256), 1, 8, False, False, together, batch)
+        if on_matrix_units and not backward:  # as many warps as tiles of 8 columns: none has a part of a sum
+            return Plan(rows, units, depth, 1, units * gates // 8, True, False, together, batch)
+        warps = 8 if on_matrix_units or units * unit <= ON_CHIP // 8 else 4
+        return Plan(rows, units, depth, min(8, depth // 16), warps, True, False, together, batch)
+    if block * unit <= ON_CHIP // (2 if backward else 1):
+        rows, warps = (16 if on_matrix_units else 1), 8 if block >= 64 else 4
+        return Plan(
+            rows, block, depth, 1 if on_matrix_units else min(depth // 16, warps), warps, True, True, False, batch
+        )
+    rows, units = choices[-1]
+    room = most // blocks(width, units) * rows
+    if room * CHUNKS >= batch:
+        held = units * unit <= ON_CHIP and rows * depth <= AT_ONCE
+        split, block_k = (min(8, depth // 16), depth) if held else (1, min(depth, 256))
+        return Plan(rows, units, block_k, split, 8, held, False, together, room)
+    return Plan(power_of_2(batch, 16, 64), 32, 64, 1, 4, False, False, False, batch)
+
+
+def run(
+    ctx: LaunchContext, kernel: Any, how: Plan, key: Any, tensors: tuple[Tensor | None, ...], batch: int, steps: int,
+    width: int, sizes: tuple[int, ...], constants: tuple[Any, ...] = (), *, scalars: tuple[float, ...] = (),
+    end: int = 0,
+) -> None:  # fmt: skip
+    """Launch a loop: kernel(*tensors, first step, last step, first row, *scalars, tiles, B, T, H, *sizes, *constants,
+    *plan).
+
+    end: launches with no step after the last, which read what was told last; where all is one launch it does so itself.
+    """
+    tiles = blocks(width, how.units)
+    pace, ends = (steps, 0) if how.alone or how.together else (1, end)
+    for row in range(0, batch, how.chunk):
+        grid = tiles * blocks(min(how.chunk, batch - row), how.rows)
+
+        def configure(grid: int = grid) -> Config:
+            shape = (how.rows, how.units, how.block_k, how.split, how.held, how.alone, how.together)
+            precision = "tf32" if ctx.precision == "tf32" else "ieee"
+            options = {"launch_cooperative_grid": True} if how.together else {}
+            return Config(
+                (grid,), (tiles, batch, steps, width, *sizes), (*constants, precision, *shape),
+                num_warps=how.warps, options=options,
+            )  # fmt: skip
+
+        for step in range(0, steps + ends, pace):
+            last = min(step + pace, steps)
+            launch(ctx, kernel, (key, grid), tensors, configure, (step, last, row, *scalars))
+
+
+def new_words(ctx: LaunchContext, how: Plan, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """Two slots of words for values of a dtype, none of which is of any step; None for a program that is alone."""
+    if how.alone:
+        return None
+    words = ctx.scratch((2, *shape), torch.int64 if dtype is torch.float32 else torch.int32)
+    return words.zero_()
+
+
+def begin(ctx: LaunchContext, words: Tensor | None, values: Tensor, like: Tensor) -> None:
+    """Tell the state before the first step."""
+    if words is None:
+        return
+    count = values.numel()
+
+    def configure() -> Config:
+        return Config((blocks(count, 1024),), (count,), (1024,))
+
+    launch(ctx, tell_first, (), (values, like, words), configure)
+
+
+def first_state(ctx: LaunchContext, given: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """A state in float32, to go through the steps with and to give back: a copy; 0 where there is none."""
+    state: Tensor = ctx.empty(shape, "float32")
+    return state.zero_() if given is None else state.copy_(given)
+
+
+def dense(*vectors: Tensor | None) -> list[Tensor | None]:
+    return [None if v is None else v.contiguous() for v in vectors]
+
+
+def within(values: Tensor, lengths: Tensor | None) -> Tensor:
+    """Values (B, T, C), and 0 past a length, whatever stands there."""
+    if lengths is None:
+        return values
+    steps = torch.arange(values.shape[1], device=values.device)
+    return torch.where((steps < lengths[:, None])[:, :, None], values, 0)
