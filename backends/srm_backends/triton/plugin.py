@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from srm_core.hookspecs import hookimpl
-from srm_core.spec import BackendInfo, Kernel, Reason
+from srm_core.spec import BackendInfo, Bucket, Feature, Kernel, Reason
 
 HERE = "srm_backends.triton"
 # Triton's interpreter runs kernels on a CPU, slowly, to test them. Its arithmetic in bfloat16 is wrong.
@@ -17,19 +17,31 @@ DTYPES = ("float32", "float16") if INTERPRETED else ("float32", "float16", "bflo
 OLDEST = (8, 0)  # compute capability: the first with bfloat16
 
 
-def _kernel(op: str, target: str, backward: str | None = None) -> Kernel:
+def _kernel(
+    op: str, target: str, backward: str | None = None, supports: str | None = None, features: tuple[Feature, ...] = ()
+) -> Kernel:
     return Kernel(
         op, f"{HERE}.{target}", backward and f"{HERE}.{backward}", arrays=("torch",), dtypes=DTYPES,
-        platforms=PLATFORMS, graph_safe=True, rank=-50 if INTERPRETED else 20,
+        platforms=PLATFORMS, graph_safe=True, rank=-50 if INTERPRETED else 20, features=features,
+        supports=supports and f"{HERE}.supports:{supports}",
     )  # fmt: skip
 
 
+WIDTHS = Bucket("D"), Bucket("E")
 KERNELS = (
     _kernel("scan", "scan:forward", "scan:backward"),
     _kernel("recurrent_mix", "recurrent_mix:forward", "recurrent_mix:backward"),
     _kernel("recurrent_step", "recurrent_step:forward", "recurrent_step:backward"),
     _kernel("recurrent_step_", "recurrent_step:forward_"),
     _kernel("mdi", "mdi:forward", "mdi:backward"),
+    _kernel("mdi_recurrence", "mdi_recurrence:forward", "mdi_recurrence:backward"),
+    _kernel("lstm", "lstm:forward", "lstm:backward"),
+    _kernel("conv_bn", "conv_bn:forward", "conv_bn:backward"),
+    _kernel("conv_bn_train", "conv_bn:forward_train", "conv_bn:backward_train"),
+    _kernel("hds_pool", "hds:pool", "hds:pool_backward"),
+    _kernel("hds_update_", "hds:update_"),
+    _kernel("hds_query", "hds_query:forward", "hds_query:backward", "attention", WIDTHS),
+    _kernel("attention", "attention:forward", "attention_backward:backward", "attention", WIDTHS),
 )
 
 
