@@ -28,17 +28,18 @@ def interpreted(folder: Path, *arguments: Any) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("check", ["values", "gradients"])
-def test_the_suite_in_the_interpreter(check: str, tmp_path: Path) -> None:
-    """In float32 and float16; the interpreter's bfloat16 is wrong, and not claimed."""
-    out = interpreted(tmp_path, "--pyargs", "srm_conformance", "--srm-backend", "triton", "--srm-only", f"*/{check}/*")
+@pytest.mark.parametrize("items", ["*/values/*", "[a-l]*/[gp]r*/*", "[m-z]*/[gp]r*/*"])
+def test_the_suite_in_the_interpreter(items: str, tmp_path: Path) -> None:
+    """Values, gradients and predicates, in float32 and float16; the interpreter's bfloat16 is wrong, and not claimed."""
+    out = interpreted(tmp_path, "--pyargs", "srm_conformance", "--srm-backend", "triton", "--srm-only", items)
     assert " 0 failed, 0 failed as expected" in out
     assert "bfloat16" not in out
 
 
 @needs_triton
-def test_scan_in_small_tiles(tmp_path: Path) -> None:
-    interpreted(tmp_path, HERE / "interpreted" / "check_scan.py")
+@pytest.mark.parametrize("checks", ["check_scan.py", "check_tiles.py"])
+def test_small_tiles(checks: str, tmp_path: Path) -> None:
+    interpreted(tmp_path, HERE / "interpreted" / checks)
 
 
 def test_a_machine_without_a_gpu_says_so() -> None:
