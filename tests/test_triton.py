@@ -17,20 +17,23 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None or find_spec("torc
 
 
 def interpreted(folder: Path, *arguments: Any) -> str:
-    """The output of a pytest run in which kernels are interpreted; its failure is one."""
+    """The output of a pytest run in which kernels are interpreted; its failure is one.
+
+    The interpreter's products are NumPy's. OpenBLAS sums them, for newer cores, in an order that depends on the shapes:
+    a backward would not find its forward's scores again, as it does on a GPU.
+    """
     quiet = "-W", "ignore::DeprecationWarning"  # of NumPy's, for what the interpreter does with sizes
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900
-    )
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_CORETYPE": "Nehalem", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 
 
 @needs_triton
-@pytest.mark.parametrize("items", ["*/values/*", "[a-l]*/[gp]r*/*", "[m-z]*/[gp]r*/*"])
+@pytest.mark.parametrize("items", ["*/values/*", "[a-l]*/[gp]r[ea]di*[et]s/*", "[m-z]*/[gp]r[ea]di*[et]s/*"])
 def test_the_suite_in_the_interpreter(items: str, tmp_path: Path) -> None:
-    """Values, gradients and predicates, in float32 and float16; the interpreter's bfloat16 is wrong, and not claimed."""
+    """Values, gradients and predicates, in float32 and float16; its bfloat16 is wrong, and not claimed."""
     out = interpreted(tmp_path, "--pyargs", "srm_conformance", "--srm-backend", "triton", "--srm-only", items)
     assert " 0 failed, 0 failed as expected" in out
     assert "bfloat16" not in out

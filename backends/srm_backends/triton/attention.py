@@ -61,6 +61,16 @@ def load_slots(base, slot, inside, column, row_stride, stride, width, WINDOW: tl
 
 
 @triton.jit
+def scaled(q, factor):
+    """(q, factor) of which the product is the same. In float32 it is done first: beside a large score, the rounding of
+    score * factor would show in the exponential."""
+    if q.dtype == tl.float32:
+        q = q * factor
+        factor = 1.0
+    return q, factor
+
+
+@triton.jit
 def masked(scores, masks, at, inside, MASK: tl.constexpr):
     """Scores in powers of two with the mask that stands at masks + at, and -inf outside."""
     if MASK == BOOLEAN:
@@ -144,7 +154,7 @@ def attention_forward(
     member, step, there = rows_of(tile, T, heads, PACK, BLOCK_M)
     head, t = h + member.to(tl.int64), step.to(tl.int64)
     column_d, column_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    q = load_rows(query, b * qb + head * qh + t * qt, there, column_d, qd, D)
+    q, factor = scaled(load_rows(query, b * qb + head * qh + t * qt, there, column_d, qd, D), factor)
     keys, values = key + b * kb + g * kg, value + b * vb + g * vg
     masks = mask
     if MASK:

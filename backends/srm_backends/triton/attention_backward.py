@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srm_backends.triton.attention import ADDITIVE, Call, load_rows, masked, prepare
+from srm_backends.triton.attention import ADDITIVE, Call, load_rows, masked, prepare, scaled
 from srm_backends.triton.launch import Config, blocks, launch
 from srm_core.context import LaunchContext, Residuals
 
@@ -59,7 +59,8 @@ def _through_steps(
         q = load_rows(queries, step.to(tl.int64) * qt, inside, column_d, qd, D)
         grad = load_rows(grads, step.to(tl.int64) * gt, inside, column_e, ge, E)
         peak, share, delta = load_softmax(of_rows, step, inside)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor  # (BLOCK_N, BLOCK_M)
+        q_scaled, rest = scaled(q, factor)
+        scores = tl.dot(k, tl.trans(q_scaled), input_precision=PRECISION) * rest  # (BLOCK_N, BLOCK_M)
         if MASK or CAUSAL:
             counts = there[:, None] & inside[None, :]
             if CAUSAL:
@@ -178,7 +179,7 @@ def attention_backward_steps(
     there, t = step < T, step.to(tl.int64)
     column_d, column_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     row = (b * H + h) * T + t
-    q = load_rows(query + b * qb + h * qh, t * qt, there, column_d, qd, D)
+    q, factor = scaled(load_rows(query + b * qb + h * qh, t * qt, there, column_d, qd, D), factor)
     grad = load_rows(grad_out + b * gb + h * gh, t * gt, there, column_e, ge, E)
     softmax = load_softmax((peaks, totals, delta), row, there)
     keys, values = key + b * kb + g * kg, value + b * vb + g * vg

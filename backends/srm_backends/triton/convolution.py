@@ -354,7 +354,7 @@ def convolve(
     wo, wj, wr, ws = weight.stride()
     n, c, strides_w = (inner, outer, (outer * wo, wj, wo)) if back else (outer, inner, (outer * wo, wo, wj))
     strides = (*x.stride(), *strides_w, wr, ws, *y.stride())
-    geometry = (*g.stride, *g.padding, *g.dilation)
+    geometry: tuple[int, ...] = (*g.stride, *g.padding, *g.dilation)
     turned = back
     if back and g.stride == (1, 1):  # taps go the other way, and that is all
         turned, geometry = False, (1, 1, *(-n for n in (*g.padding, *g.dilation)))

@@ -177,9 +177,9 @@ def plan(ctx: LaunchContext, batch: int, width: int, gates: int, dtype: torch.dt
     block, most = power_of_2(width, 16, 1 << 30), multiprocessors(ctx)
     depth, unit = block * (gates if backward else 1), block * gates * dtype.itemsize
     least = (8 if backward else 32 // gates) if on_matrix_units else 4
-    choices = ((8, least), (8, 2 * least), (16, least), (16, 2 * least), (16, 4 * least))
+    choices = [(8, least), (8, 2 * least), (16, least), (16, 2 * least), (16, 4 * least)]
     if not on_matrix_units:
-        choices = tuple((4, least << n) for n in range(4))
+        choices = [(4, least << n) for n in range(4)]
     together = not INTERPRETED
     # Small shares come first: what a program receives at each step is what it waits for most.
     for rows, units in choices:
