@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from srm_core.config import cache_folder
 from srm_core.errors import ConfigError
 from srm_core.registry import Entry
 
@@ -17,10 +17,8 @@ FORMAT = 1
 
 
 def folder() -> Path:
-    """Where `srm-core conformance` keeps certificates: SRM_CACHE_DIR, else the user's cache."""
-    root = os.environ.get("SRM_CACHE_DIR")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(root) if root else Path(cache) / "srm-core") / "certificates"
+    """Where `srm-core conformance` keeps certificates."""
+    return cache_folder() / "certificates"
 
 
 def path_of(backend: str, device: str) -> Path:

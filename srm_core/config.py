@@ -4,7 +4,8 @@
     SRM_BACKEND_SCAN=numpy       the same for one operator
     SRM_BLOCK=name,...           entry points that are never loaded
     SRM_TRACE=decisions.jsonl    a JSON line for every decision
-    SRM_CACHE_DIR=folder         where certificates are kept; read when it is needed
+    SRM_AUTOTUNE=off             backends measure nothing to choose between their ways; default on
+    SRM_CACHE_DIR=folder         where certificates and measurements are kept; read when it is needed
 
 The environment is read once, and again by `srm_core.reload_config()`.
 """
@@ -18,13 +19,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from srm_core.errors import ConfigError, UnknownNameError
 
 AUTO = "auto"
 Precision = Literal["ieee", "tf32"]
-VARIABLES = ("SRM_BACKEND", "SRM_BLOCK", "SRM_TRACE", "SRM_CACHE_DIR")
+VARIABLES = ("SRM_BACKEND", "SRM_BLOCK", "SRM_TRACE", "SRM_AUTOTUNE", "SRM_CACHE_DIR")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Config:
     per_op: Mapping[str, Selection] = field(default_factory=dict)
     blocked: frozenset[str] = frozenset()
     trace: str | None = None
+    autotune: bool = True
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Config:
@@ -89,11 +92,15 @@ class Config:
                 raise ConfigError(
                     f"SRM_TRACE={trace}: cannot be written ({error.strerror}); name a writable file"
                 ) from None
+        autotune = env.get("SRM_AUTOTUNE", "on")
+        if autotune not in ("on", "off"):
+            raise ConfigError(f"SRM_AUTOTUNE: found {autotune!r}; required 'on' or 'off'")
         return cls(
             default=selections.pop("SRM_BACKEND", DEFAULT),
             per_op={name.removeprefix("SRM_BACKEND_").lower(): s for name, s in selections.items()},
             blocked=frozenset(n.strip() for n in blocked.split(",") if n.strip()),
             trace=trace,
+            autotune=autotune == "on",
         )
 
     def check_names(self, ops: Iterable[str], backends: Iterable[str], note: Callable[[str], str]) -> None:
@@ -112,6 +119,13 @@ class Config:
                     raise UnknownNameError(
                         "backend", name, known, source=f"{selection.source}={selection}", note=note(name)
                     )
+
+
+def cache_folder() -> Path:
+    """Where files of ours outlive a process: SRM_CACHE_DIR, else `srm-core` in the user's cache."""
+    root = os.environ.get("SRM_CACHE_DIR")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) if root else Path(cache) / "srm-core"
 
 
 @dataclass(frozen=True, eq=False)

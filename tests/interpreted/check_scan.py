@@ -40,7 +40,7 @@ def check(
 ) -> None:
     """Values and gradients beside the reference's."""
     plan = scan.Plan(chained, 4, 4, 8, 4)
-    monkeypatch.setattr(scan, "plan", lambda *a: plan)
+    monkeypatch.setattr(scan, "plans", lambda *_: [plan])
     given = [None if a is None else torch.from_numpy(a) for a in (gates, tokens, state)]
     if view is not None:
         given[:2] = [view(a) for a in given[:2]]
@@ -100,7 +100,7 @@ def test_a_gate_that_is_not_finite_gives_what_the_plain_loop_gives(
 
 @chained
 def test_a_product_that_overflows_beside_a_state_of_zero(monkeypatch: Any, chained: bool) -> None:
-    monkeypatch.setattr(scan, "plan", lambda *a: scan.Plan(chained, 4, 4, 8, 4))
+    monkeypatch.setattr(scan, "plans", lambda *_: [scan.Plan(chained, 4, 4, 8, 4)])
     g, x, _ = sample(1, 100, 3)
     g[:, :40], x[:, :40] = 1e3, 0
     y, last = srm_core.scan(torch.from_numpy(g), torch.from_numpy(x), backend="triton")

@@ -44,10 +44,16 @@ def tiles(request: Any, monkeypatch: Any) -> None:
         monkeypatch.setattr(module, "available", lambda _: request.param == "tiles")
 
 
+def _small_tiles(call: attention.Call, by_hardware: bool) -> list[attention.Tile]:
+    plain = attention.Tile(False, 16, 16, 4, 1)
+    return [plain._replace(tiled=True), plain] if by_hardware and call.query.dtype is torch.float16 else [plain]
+
+
 @pytest.fixture
 def small(monkeypatch: Any) -> None:
-    monkeypatch.setattr(attention, "_tile", lambda *_: (16, 16, 4, 1))
-    monkeypatch.setattr(attention_backward, "_tile", lambda *_: (16, 16, 4, 1))
+    by = attention.available(None)
+    monkeypatch.setattr(attention, "_tiles", lambda _, call: _small_tiles(call, by))
+    monkeypatch.setattr(attention_backward, "_tiles", lambda *_: [attention_backward.Tile(16, 16, 4, 1)])
 
 
 @pytest.mark.usefixtures("tiles", "small")

@@ -13,13 +13,14 @@ second kernel joins what they found.
 from __future__ import annotations
 
 from math import log2
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from srm_backends.triton.autotune import FLOPS, Question, choose
 from srm_backends.triton.hds import window_sum
 from srm_backends.triton.launch import Config, blocks, launch, multiprocessors, power_of_2
 from srm_backends.triton.tiles import available, describe
@@ -255,6 +256,18 @@ class Call(NamedTuple):
         return (*self.query.stride(), *self.key.stride(), *self.value.stride(), *of_mask)
 
     @property
+    def slotted(self) -> tuple[tuple[Tensor, int], ...]:
+        """Key and value, each with the width of its tiles."""
+        return (self.key, self.widths[0]), (self.value, self.widths[1])
+
+    @property
+    def bucket(self) -> tuple[Any, ...]:
+        """What a measured choice depends on."""
+        (batch, heads, steps, _), slots = self.query.shape, self.slots
+        sizes = (power_of_2(n, 1, 1 << 40) for n in (batch * heads, steps, slots, *self.widths))
+        return str(self.query.dtype)[6:], *sizes, self.causal, self.mask_kind, self.window, self.precision
+
+    @property
     def widths(self) -> tuple[int, int]:
         """Of tiles: BLOCK_D, BLOCK_E."""
         return power_of_2(self.query.shape[3], 16, 256), power_of_2(self.value.shape[3], 16, 256)
@@ -270,39 +283,69 @@ def prepare(
     return Call(query, key, value, mask, causal, scale, "tf32" if precision == "tf32" else "ieee")
 
 
-def _tile(call: Call, tiled: bool) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, warps, stages)."""
+class Tile(NamedTuple):
+    """tiled: by the hardware's own copies. rows: BLOCK_M, of queries; slots: BLOCK_N."""
+
+    tiled: bool
+    rows: int
+    slots: int
+    warps: int
+    stages: int
+
+
+def _tiles(ctx: LaunchContext, call: Call) -> list[Tile]:
+    """The ways to cut the work, the first as measured on an H200."""
     rows, width = call.query.shape[2], max(call.widths)
     if call.query.dtype is torch.float32:  # products on the plain units: small tiles, or registers spill
-        return (power_of_2(rows, 16, 64), 32, 8, 1) if width <= 64 else (power_of_2(rows, 16, 32), 64, 8, 1)
+        narrow, wide = (power_of_2(rows, 16, 64), 32, 8, 1), (power_of_2(rows, 16, 32), 64, 8, 1)
+        return [Tile(False, *t) for t in ((narrow, wide) if width <= 64 else (wide, narrow))]
+    small = power_of_2(rows, 16, 64)
     if call.window > 1:
-        return power_of_2(rows, 16, 64), 32, 4, 1
-    if tiled or rows <= 64:  # small tiles, so that several programs share a multiprocessor
-        block_n = 128 if width <= 64 or rows <= 16 else 64
-        return power_of_2(rows, 16, 64), block_n if width <= 128 else 32, 4, 2 if block_n == 128 else 3
-    if width <= 64:
-        return 128, 64, 4, 3
-    return 128, 128 if width <= 128 else 64, 8, 3 if width <= 128 else 2
+        return [Tile(False, small, n, 4, 1) for n in (32, 64)]
+    # Small tiles, so that several programs share a multiprocessor.
+    block_n = 128 if width <= 64 or rows <= 16 else 64
+    shared = (small, block_n if width <= 128 else 32, 4, 2 if block_n == 128 else 3)
+    found = []
+    if available(ctx) and all(describe(t, (1, 1, shared[1], w)) for t, w in call.slotted):
+        found = [Tile(True, *shared), Tile(True, small, 64 if width <= 128 else 32, 4, 2)]
+    if rows <= 64:
+        return [*found, Tile(False, *shared)]
+    found += [Tile(False, 128, 64, 4 if width <= 64 else 8, 3 if width <= 128 else 2)]
+    if width <= 128:
+        large = Tile(False, 128, 128, 8, 3)
+        found = [*found, large] if found[0].tiled or width <= 64 else [large, *found]
+    return [*found, Tile(False, *shared)]
 
 
 def attend(ctx: LaunchContext, call: Call, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, peaks, totals), the latter two if they are to be kept."""
     (batch, heads, steps, width), (groups, _, wide), slots = call.query.shape, call.value.shape[1:], call.slots
-    rows = (batch, heads, steps)
-    out = ctx.empty((*rows, wide), call.query.dtype)
-    kept = (ctx.empty(rows, "float32"), ctx.empty(rows, "float32")) if keep else (None, None)
+    out = ctx.empty((batch, heads, steps, wide), call.query.dtype)
+    kept = (ctx.empty(out.shape[:3], "float32"), ctx.empty(out.shape[:3], "float32")) if keep else (None, None)
     if not out.numel() or not slots:
         return out.zero_(), *kept
+
+    def ask() -> Question:
+        bucket = (*call.bucket, heads // groups, available(ctx), keep)
+        worth = 2 * batch * heads * steps * slots * (width + wide) >= FLOPS
+        return Question(bucket, worth, _tiles(ctx, call))
+
+    tile: Tile = choose(ctx, "attention", (keep,), ask, lambda t: _attend_by(ctx, call, t, out, kept))
+    _attend_by(ctx, call, tile, out, kept)
+    return out, *kept
+
+
+def _attend_by(
+    ctx: LaunchContext, call: Call, tile: Tile, out: Tensor, kept: tuple[Tensor | None, Tensor | None]
+) -> None:
+    (batch, heads, steps, width), (groups, _, wide), slots = call.query.shape, call.value.shape[1:], call.slots
+    rows, keep = (batch, heads, steps), kept[0] is not None
     strides, kind = call.strides, call.mask_kind
-    tiled = call.query.dtype is not torch.float32 and call.window == 1 and available(ctx)
-    block_m, block_n, warps, stages = _tile(call, tiled)
-    described = [None, None]
-    if tiled:
-        blocks_of = ((call.key, call.widths[0]), (call.value, call.widths[1]))
-        described = [describe(t, (1, 1, block_n, w)) for t, w in blocks_of]
-        if None in described:
-            described = [None, None]
-            block_m, block_n, warps, stages = _tile(call, False)
+    described = [describe(t, (1, 1, tile.slots, w)) for t, w in call.slotted] if tile.tiled else [None, None]
+    if tile.tiled and None in described:  # other strides than those of the call for which the tile was chosen
+        tile = next(t for t in _tiles(ctx, call) if not t.tiled)
+        described = [None, None]
+    _, block_m, block_n, warps, stages = tile
     pack = heads > groups and steps < block_m
     tiles = blocks(heads // groups * steps, block_m) if pack else blocks(steps, block_m)
     units = tiles * batch * (groups if pack else heads)
@@ -321,7 +364,7 @@ def attend(ctx: LaunchContext, call: Call, keep: bool) -> tuple[Tensor, Tensor |
         return Config((units * splits,), sizes, (*what, block_m, block_n, *call.widths, stages), warps, stages)
 
     tensors = (call.query, call.key, call.value, call.mask, *parts)
-    key = strides, keep, positive, call.causal, call.precision, call.window, described[0] is None
+    key = strides, keep, positive, call.causal, call.precision, call.window, described[0] is None, tile
     launch(ctx, attention_forward, key, tensors, configure, (call.factor, *described))
     if splits > 1:
         count = batch * heads * steps
@@ -332,7 +375,6 @@ def attend(ctx: LaunchContext, call: Call, keep: bool) -> tuple[Tensor, Tensor |
             return Config((blocks(count, fit),), (count, wide), (keep, splits, fit, block_e))
 
         launch(ctx, join_splits, (keep, splits), (*parts, out, *kept), joined)
-    return out, *kept
 
 
 def forward(

@@ -11,12 +11,15 @@ them; dq, a program for a tile of steps. Nothing is added by two programs, so th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from srm_backends.triton.attention import ADDITIVE, Call, load_rows, masked, prepare, scaled
+from srm_backends.triton.autotune import FLOPS, Question, choose
 from srm_backends.triton.launch import Config, blocks, launch
 from srm_core.context import LaunchContext, Residuals
 
@@ -206,14 +209,26 @@ def attention_backward_steps(
     tl.store(d_query + row[:, None] * D + column, d_q, there[:, None] & (column < D))
 
 
-def _tile(call: Call, of_slots: bool) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, warps, stages)."""
+class Tile(NamedTuple):
+    """rows: BLOCK_M, of queries; slots: BLOCK_N."""
+
+    rows: int
+    slots: int
+    warps: int
+    stages: int
+
+
+def _tiles(call: Call, of_slots: bool) -> list[Tile]:
+    """The ways to cut the work, the first as measured on an H200."""
     width = max(call.widths)
     if call.query.dtype is torch.float32:
-        return 32, 16 if width == 128 else 32, 8, 1
+        return [Tile(32, 16 if width == 128 else 32, 8, 1)]
+    if width > 128:
+        return [Tile(32, 64, 8, 1) if of_slots else Tile(64, 32, 8, 1)]
     if of_slots:
-        return (64, 128 if width <= 64 else 64, 8 if width <= 64 else 4, 1) if width <= 128 else (32, 64, 8, 1)
-    return (128, 128, 8, 2) if width <= 128 else (64, 32, 8, 1)
+        narrow, wide = Tile(64, 128, 8, 1), Tile(64, 64, 4, 1)
+        return [narrow, wide] if width <= 64 else [wide, Tile(64, 64, 8, 1), Tile(64, 128, 8, 1)]
+    return [Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)]
 
 
 def pull(
@@ -242,15 +257,15 @@ def pull(
         total = batch * heads * steps
         return Config((blocks(total, block),), (total, heads, steps, wide, *of_grad), (block, widths[1]))
 
-    def of_slots() -> Config:
-        block_m, block_n, warps, stages = _tile(call, True)
+    def of_slots(tile: Tile) -> Config:
+        block_m, block_n, warps, stages = tile
         tiles, members = blocks(slots, block_n), heads // groups * (batch if shared else 1)
         sizes = (tiles, members, heads, groups, steps, slots, width, wide, *strides)
         what = (shared, kind, call.causal, call.precision, block_m, block_n, *widths)
         return Config((tiles * rows * groups,), sizes, what, warps, stages)
 
-    def of_steps() -> Config:
-        block_m, block_n, warps, stages = _tile(call, False)
+    def of_steps(tile: Tile) -> Config:
+        block_m, block_n, warps, stages = tile
         tiles = blocks(steps, block_m)
         sizes = (tiles, heads, groups, steps, slots, width, wide, *strides)
         what = (kind, call.causal, mask_gradient, call.precision, block_m, block_n, *widths)
@@ -259,8 +274,21 @@ def pull(
     launch(ctx, attention_delta, of_grad, (grad_out, out, delta), of_delta)
     given = (grad_out, call.query, call.key, call.value, call.mask, peaks, totals, delta)
     numbers = (call.factor, call.scale)
-    launch(ctx, attention_backward_slots, (key, shared), (*given, d_key, d_value), of_slots, numbers)
-    launch(ctx, attention_backward_steps, (key, mask_gradient), (*given, d_query, d_mask), of_steps, numbers)
+
+    def slots_by(tile: Tile) -> None:
+        tensors = (*given, d_key, d_value)
+        launch(ctx, attention_backward_slots, (key, shared, tile), tensors, lambda: of_slots(tile), numbers)
+
+    def steps_by(tile: Tile) -> None:
+        tensors = (*given, d_query, d_mask)
+        launch(ctx, attention_backward_steps, (key, mask_gradient, tile), tensors, lambda: of_steps(tile), numbers)
+
+    def ask(of_slots: bool) -> Question:
+        worth = 2 * batch * heads * steps * slots * (width + wide) >= FLOPS
+        return Question((*call.bucket, heads // groups, shared, mask_gradient), worth, _tiles(call, of_slots))
+
+    slots_by(choose(ctx, "attention_slots", (shared,), lambda: ask(True), slots_by))
+    steps_by(choose(ctx, "attention_steps", (mask_gradient,), lambda: ask(False), steps_by))
     return d_query, d_key, d_value, d_mask
 
 

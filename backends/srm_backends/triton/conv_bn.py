@@ -23,7 +23,7 @@ from srm_backends.triton.batch_norm import (
     parts_of,
 )
 from srm_backends.triton.common import state_dtype
-from srm_backends.triton.convolution import After, channels_dense, convolve, images, way_of, weight_gradient
+from srm_backends.triton.convolution import After, Way, best_way, channels_dense, convolve, images, weight_gradient
 from srm_backends.triton.launch import Config, blocks, launch
 from srm_core.context import LaunchContext, Residuals
 from srm_core.ops.conv_bn.convolution import Geometry, geometry
@@ -49,7 +49,11 @@ def forward(
         mean, var, bias, gamma, beta = _dense(running_mean, running_var, bias, bn_weight, bn_bias)
         after = After(mean, var, bias, gamma, beta, eps, activation == "relu")
         weight = channels_dense(weight.to(x.dtype))
-        convolve(ctx, way_of(ctx, x, weight, y, g), x, weight, y, g, after)
+
+        def run(way: Way) -> None:
+            convolve(ctx, way, x, weight, y, g, after)
+
+        run(best_way(ctx, x, weight, y, g, run, "line"))
     if activation is not None:
         ctx.keep("y", y)
     return y
@@ -94,8 +98,11 @@ def _input_gradient(ctx: LaunchContext, grad: Tensor, x: Tensor, weight: Tensor,
     d_x = images(ctx, x.shape, x.dtype, channels_last(x))
     if d_x.numel():
         weight = channels_dense(weight)
-        way = way_of(ctx, grad, weight, d_x, g, True)
-        convolve(ctx, way, grad, weight, d_x, g, None, back=True)
+
+        def run(way: Way) -> None:
+            convolve(ctx, way, grad, weight, d_x, g, None, back=True)
+
+        run(best_way(ctx, grad, weight, d_x, g, run, "gradient"))
     return d_x
 
 
@@ -113,10 +120,15 @@ def forward_train(
         return y, mean.fill_(torch.nan), var.fill_(torch.nan)
     c = images(ctx, y.shape, x.dtype, channels_last(x))
     folded, pixels = channels_dense(weight.to(x.dtype)), y.numel() // out
-    way = way_of(ctx, x, folded, c, g)
-    means, spreads = ctx.scratch((2, way.tiles, out), "float32")
-    counts = ctx.scratch((way.tiles,), "float32")
-    convolve(ctx, way, x, folded, c, g, None, (means, spreads, counts))
+
+    def run(way: Way) -> tuple[Tensor, Tensor, Tensor]:
+        means, spreads = ctx.scratch((2, way.tiles, out), "float32")
+        statistics = means, spreads, ctx.scratch((way.tiles,), "float32")
+        convolve(ctx, way, x, folded, c, g, None, statistics)
+        return statistics
+
+    way = best_way(ctx, x, folded, c, g, run, "statistics")
+    means, spreads, counts = run(way)
     centre, rate = ctx.empty((out,), "float32"), ctx.empty((out,), "float32")
 
     def join() -> Config:

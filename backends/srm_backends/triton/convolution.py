@@ -9,6 +9,7 @@ units. In the gradient of the weights pixels are what is summed over, and SPLITS
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from srm_backends.triton.autotune import FLOPS, Question, choose
 from srm_backends.triton.launch import Config, blocks, launch, multiprocessors, power_of_2
 from srm_backends.triton.tiles import available, describe
 from srm_core.context import LaunchContext
@@ -302,42 +304,84 @@ def channels_dense(weight: Tensor) -> Tensor:
     return weight if dense else weight.contiguous(memory_format=torch.channels_last)
 
 
+class Cut(NamedTuple):
+    """kind: of kernel. blocks: its last constants."""
+
+    kind: str
+    warps: int
+    stages: int
+    blocks: tuple[int, ...]
+
+
 class Way(NamedTuple):
     """How a convolution is done. tiles: of pixels. described: what the hardware copies tiles of x, weight and
     y with, y's or None."""
 
-    kernel: Any
+    cut: Cut
     tiles: int
-    blocks: tuple[int, ...]
-    warps: int
-    stages: int
     described: tuple[Any, ...] = ()
 
 
-def way_of(ctx: LaunchContext, x: Tensor, weight: Tensor, y: Tensor, g: Geometry, back: bool = False) -> Way:
-    """For y of x; with `back` y is the gradient of the image, x that of the result."""
+def _plain(x: Tensor, weight: Tensor, y: Tensor, g: Geometry, back: bool) -> list[Cut]:
+    """The ways to cut the work without the hardware's tiles, the first as measured on an H200."""
     outer, inner = len(weight) // g.groups, weight.shape[1]
-    n, c = (inner, outer) if back else (outer, inner)
-    pixels = y.numel() // y.shape[1]
+    n, c = (inner, outer) if back else (outer, inner)  # channels of a group, made and read
     if g.groups > 1 and min(n, c) <= NARROW:
-        return Way(convolve_narrow, blocks(pixels, 32), (32, power_of_2(y.shape[1], 16, 128)), 4, 3)
+        return [Cut("narrow", 4, 3, (32, power_of_2(y.shape[1], 16, 128)))]
     if x.dtype is torch.float32:
-        return Way(
-            convolve_blocks, blocks(pixels, 64), (64, power_of_2(n, 16, 64), power_of_2(c, 16, 32)), 4, 2
-        )  # fmt: skip
-    block_n = power_of_2(n, 16, 256)
-    if g.groups == 1 and g.stride == (1, 1) and available(ctx):
-        box = (1 if block_n == 256 else min(2, len(y)), 8, 8)
-        block_k = power_of_2(c, 16, 64)
-        of_weight = (block_k, 1, 1, block_n) if back else (block_n, 1, 1, block_k)
-        described = describe(x.permute(0, 2, 3, 1), (*box, block_k)), describe(weight.permute(0, 2, 3, 1), of_weight)
-        if None not in described:
-            tiles = blocks(len(y), box[0]) * blocks(y.shape[2], 8) * blocks(y.shape[3], 8)
-            of_y = describe(y.permute(0, 2, 3, 1), (*box, block_n))
-            shape = (*box, block_n, block_k)
-            return Way(convolve_tiles, tiles, shape, 8 if block_n == 128 else 4, 3, (*described, of_y))
-    block_n = min(block_n, 128)
-    return Way(convolve_blocks, blocks(pixels, 128), (128, block_n, power_of_2(c, 16, 64)), 4, 3)
+        return [Cut("blocks", 4, 2, (64, power_of_2(n, 16, 64), power_of_2(c, 16, 32)))]
+    block_n, block_k = power_of_2(n, 16, 128), power_of_2(c, 16, 64)
+    found = [Cut("blocks", 4, 3, (128, block_n, block_k)), Cut("blocks", 8, 3, (128, block_n, block_k))]
+    return [*found, Cut("blocks", 4, 3, (128, 64, block_k))] if block_n > 64 else found
+
+
+def _tiled(ctx: LaunchContext, x: Tensor, weight: Tensor, y: Tensor, g: Geometry, back: bool) -> list[Cut]:
+    """With them."""
+    if x.dtype is torch.float32 or g.groups > 1 or g.stride != (1, 1) or not available(ctx):
+        return []
+    block_n, block_k, pair = power_of_2(y.shape[1], 16, 256), power_of_2(x.shape[1], 16, 64), min(2, len(y))
+    box = 1 if block_n == 256 else pair
+    found = [Cut("tiles", 8 if block_n == 128 else 4, 3, (box, 8, 8, block_n, block_k))]
+    for wide in (block_n, block_n // 2):
+        for box, warps in ((pair, 8), (pair, 4), (1, 4)):
+            if wide >= 16 and box * 64 * wide <= warps * 4096:
+                found.append(Cut("tiles", warps, 4 if wide <= 128 else 3, (box, 8, 8, wide, block_k)))
+    return [c for c in dict.fromkeys(found) if _tiled_way(c, x, weight, y, back)]
+
+
+def _tiled_way(cut: Cut, x: Tensor, weight: Tensor, y: Tensor, back: bool) -> Way | None:
+    """None if the hardware has no such tiles of these tensors."""
+    box, (block_n, block_k) = cut.blocks[:3], cut.blocks[3:]
+    of_weight = (block_k, 1, 1, block_n) if back else (block_n, 1, 1, block_k)
+    described = describe(x.permute(0, 2, 3, 1), (*box, block_k)), describe(weight.permute(0, 2, 3, 1), of_weight)
+    if None in described:
+        return None
+    tiles = blocks(len(y), box[0]) * blocks(y.shape[2], box[1]) * blocks(y.shape[3], box[2])
+    return Way(cut, tiles, (*described, describe(y.permute(0, 2, 3, 1), (*box, block_n))))
+
+
+def best_way(
+    ctx: LaunchContext, x: Tensor, weight: Tensor, y: Tensor, g: Geometry, run: Callable[[Way], Any], name: str
+) -> Way:
+    """For y of x. name: of the operation, `run` does it; "gradient": y is that of the image, x that of the result."""
+    back = name == "gradient"
+    order = x.stride(1) == 1, weight.stride(1) == 1, y.stride(1) == 1
+
+    def way_of(cut: Cut) -> Way:
+        if cut.kind == "tiles":
+            if found := _tiled_way(cut, x, weight, y, back):
+                return found
+            cut = _plain(x, weight, y, g, back)[0]  # other strides than those of the call for which it was chosen
+        return Way(cut, blocks(y.numel() // y.shape[1], cut.blocks[0]))
+
+    def ask() -> Question:
+        taps, channels = weight.shape[2:].numel(), x.shape[1] // g.groups
+        sizes = (*(power_of_2(size, 1, 1 << 40) for size in (*y.shape, channels)), taps)
+        bucket = (str(x.dtype)[6:], *sizes, g.groups > 1, g.stride == (1, 1), *order, ctx.precision)
+        cuts = [*_tiled(ctx, x, weight, y, g, back), *_plain(x, weight, y, g, back)]
+        return Question(bucket, 2 * y.numel() * channels * taps >= FLOPS, cuts)
+
+    return way_of(choose(ctx, f"convolution_{name}", order, ask, lambda cut: run(way_of(cut))))
 
 
 def convolve(
@@ -364,26 +408,29 @@ def convolve(
     precision = "tf32" if ctx.precision == "tf32" else "ieee"
     ends = (*vectors, *(statistics or (None, None, None)))
 
+    _, warps, stages, cut = way.cut
+
     def configure() -> Config:
-        if way.kernel is convolve_tiles:
-            (_, _, ph, pw, dh, dw), (_, bp, bq, block_n, _) = geometry, way.blocks
+        if way.cut.kind == "tiles":
+            (_, _, ph, pw, dh, dw), (_, bp, bq, block_n, _) = geometry, cut
             tiles = blocks(n, block_n), blocks(q, bq), blocks(p, bp)
             sizes = (*tiles, c, n, p, q, batch, r, s, ph, pw, dh, dw, *y.stride())
-            return Config((tiles[0] * way.tiles,), sizes, (back, kind, relu, *way.blocks), way.warps, way.stages)
-        if way.kernel is convolve_narrow:
-            tiles_n = blocks(out, way.blocks[1])
+            return Config((tiles[0] * way.tiles,), sizes, (back, kind, relu, *cut), warps, stages)
+        if way.cut.kind == "narrow":
+            tiles_n = blocks(out, cut[1])
             sizes = (tiles_n, pixels, c, n, out, h, w, p, q, r, s, *geometry, *strides)
-            return Config((tiles_n * way.tiles,), sizes, (turned, kind, relu, *way.blocks), way.warps)
-        tiles_n, even = blocks(n, way.blocks[1]), c % way.blocks[2] == 0
+            return Config((tiles_n * way.tiles,), sizes, (turned, kind, relu, *cut), warps)
+        tiles_n, even = blocks(n, cut[1]), c % cut[2] == 0
         sizes = (tiles_n, g.groups, pixels, c, n, out, h, w, p, q, r, s, *geometry, *strides)
         what = (turned, kind, relu, precision, even)
-        return Config((tiles_n * g.groups * way.tiles,), sizes, (*what, *way.blocks), way.warps, way.stages)
+        return Config((tiles_n * g.groups * way.tiles,), sizes, (*what, *cut), warps, stages)
 
-    key = strides, geometry, g.groups, kind, relu, turned, back, way.described and way.described[2] is None
-    if way.kernel is convolve_tiles:
+    key = strides, geometry, g.groups, kind, relu, turned, back, way.described and way.described[2] is None, way.cut
+    if way.cut.kind == "tiles":
         launch(ctx, convolve_tiles, key, (y, *ends), configure, (eps, *way.described))
     else:
-        launch(ctx, way.kernel, key, (x, weight, y, *ends), configure, (eps,))
+        kernel = convolve_narrow if way.cut.kind == "narrow" else convolve_blocks
+        launch(ctx, kernel, key, (x, weight, y, *ends), configure, (eps,))
 
 
 def weight_gradient(ctx: LaunchContext, grad: Tensor, x: Tensor, like: Tensor, g: Geometry) -> Tensor:

@@ -80,7 +80,7 @@ def _launch(
     kind = id(kernel), key, aligned  # its own hash is that of its source
     variant = ctx.memo.get(kind)
     if variant is not None and not _knobs.launch_enter_hook.calls:
-        start, grid, fixed = variant
+        start, grid, fixed, _ = variant
         start(*grid, _stream(ctx.device.index), *fixed[0], *pointers, *scalars, *fixed[1])
         return
     config = configure()  # a profiler's hooks see the launches that go Triton's own way
@@ -89,15 +89,15 @@ def _launch(
         ctx.memo.clear()
     grid = (*config.grid, 1, 1)[:3]
     fixed = (compiled.function, compiled.packed_metadata, None, None, None), (*config.sizes, *config.constants)
-    ctx.memo[kind] = compiled.run, grid, fixed
+    ctx.memo[kind] = compiled.run, grid, fixed, compiled  # which unloads its code when nobody holds it
 
 
 def _first(kernel: Any, config: Config, tensors: tuple[Tensor | None, ...], scalars: tuple[Any, ...]) -> Any:
-    """Compile, or find in Triton's cache, and run."""
+    """Compile, or find in Triton's cache, and run. Products and sums are fused, whatever Triton's default is."""
     try:
         return kernel[config.grid](
             *tensors, *scalars, *config.sizes, *config.constants,
-            num_warps=config.num_warps, num_stages=config.num_stages, **config.options,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **config.options,
         )  # fmt: skip
     except Exception as error:
         names = kernel.arg_names[len(kernel.arg_names) - len(config.constants) :]

@@ -11,19 +11,19 @@ w and b are NaN at a position out of range, which gets no gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from srm_backends.triton.autotune import BYTES, Question, choose
 from srm_backends.triton.common import state_dtype
 from srm_backends.triton.launch import Config, blocks, launch, power_of_2
 from srm_backends.triton.recurrence import broken, join, states
 from srm_backends.triton.recurrent_step import indexed, is_row, modes, sum_positions
 from srm_core.context import LaunchContext, Residuals
-
-WARPS = 4
 
 
 @triton.jit
@@ -211,13 +211,41 @@ def mix_backward(
     tl.store(of_decay + (block.to(tl.int64) * batch + b) * H + h, tl.sum(tl.sum(of_d, 1), 0))
 
 
-def _cut(x: Tensor, most: int) -> tuple[int, int, int]:
-    """(rows, chunks, channels) of a tile: a thread has a vector of channels and all rows of its chunk."""
+class Cut(NamedTuple):
+    """A tile has rows * chunks steps: rows within a thread, which has a vector of channels."""
+
+    rows: int
+    chunks: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def _cuts(x: Tensor, back: bool) -> list[Cut]:
+    """The ways to cut the work, the first as measured on an H200."""
     _, steps, _, width = x.shape
-    channels = power_of_2(width, 8, 32)
     vector = 16 // x.element_size()
-    chunks = WARPS * 32 * vector // channels
-    return power_of_2(blocks(steps, chunks), 1, most // vector), chunks, channels
+    most, stages = (16 // vector, 2) if back else (32 // vector, 3)
+
+    def cut(channels: int, warps: int, stages: int, of_rows: int = 1) -> Cut:
+        channels = power_of_2(width, 8, channels)
+        chunks = warps * 32 * vector // channels
+        return Cut(power_of_2(blocks(steps, chunks), 1, of_rows * most), chunks, channels, warps, stages)
+
+    ways = [
+        cut(32, 4, stages), cut(64, 4, stages), cut(64, 8, stages), cut(128, 4, stages), cut(16, 4, stages),
+        cut(32, 2, stages), cut(32, 4, stages, 2), cut(32, 4, stages + 1),
+    ]  # fmt: skip
+    return list(dict.fromkeys(ways))
+
+
+def _best(ctx: LaunchContext, name: str, x: Tensor, more: bool, run_by: Callable[[Cut], Any]) -> Cut:
+    def ask() -> Question:
+        bucket = (str(x.dtype)[6:], *(power_of_2(n, 1, 1 << 40) for n in x.shape), more)
+        worth = 2 * x.numel() * x.element_size() >= BYTES
+        return Question(bucket, worth, _cuts(x, name == "recurrent_mix_backward"))
+
+    return choose(ctx, name, (more,), ask, run_by)
 
 
 def forward(
@@ -237,17 +265,20 @@ def forward(
     which, row_heads = modes(mode, x.device)
     strides = (*x.stride(), *weight.stride(), *bias.stride(), *decay.stride())
 
-    def configure() -> Config:
-        cut = _cut(x, 32)
-        per_head = blocks(width, cut[2])
+    def configure(cut: Cut) -> Config:
+        per_head = blocks(width, cut.channels)
         xb, xt, xh, xd, *rest = strides
         sizes = (steps, heads, width, weight.shape[1], per_head, xb, xt, xh, xd, *y.stride()[:2], *rest)
         what = (which, position is None, initial_state is not None, lengths is not None, past is not None)
-        return Config((batch * heads * per_head,), sizes, (*what, *cut, 3), WARPS)
+        return Config((batch * heads * per_head,), sizes, (*what, *cut[:3], cut.stages), cut.warps)
 
     given = _dense(initial_state), _spread(position, stride, batch), _on(lengths, x)
     tensors = (x, weight, bias, decay, row_heads, *given, y, y if past is None else past, last)
-    launch(ctx, mix_forward, (strides, past is None), tensors, configure, (value,))
+
+    def run_by(cut: Cut) -> None:
+        launch(ctx, mix_forward, (strides, past is None, cut), tensors, lambda: configure(cut), (value,))
+
+    run_by(_best(ctx, "recurrent_mix", x, past is None, run_by))
     if past is not None:
         ctx.keep("states", past)
     return y, last
@@ -266,23 +297,29 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Tensor, grad_last
     position, stride, value = indexed(start)
     which, row_heads = modes(mode, x.device)
     strides = (*grad_y.stride(), *x.stride(), *weight.stride(), *decay.stride())
-    cut = _cut(x, 16)
-    per_head = blocks(width, cut[2])
-    parts = ctx.scratch((2, per_head, batch, steps, heads), "float32")
-    of_decay = ctx.scratch((per_head, batch, heads), "float32")
     position = _spread(position, stride, batch)
+    given = (
+        grad_y, grad_last.contiguous(), x, weight, decay, row_heads, _dense(initial_state), position, _on(lengths, x),
+        residuals.get("states"), d_x, d_initial,
+    )  # fmt: skip
 
-    def configure() -> Config:
-        sizes = (steps, heads, width, weight.shape[1], per_head, batch, parts.stride(0))
+    def configure(cut: Cut, stride_of_parts: int) -> Config:
+        per_head = blocks(width, cut.channels)
+        sizes = (steps, heads, width, weight.shape[1], per_head, batch, stride_of_parts)
         sizes = (*sizes, *strides[:8], *d_x.stride()[:2], *strides[8:])
         what = (which, position is None, initial_state is not None, lengths is not None)
-        return Config((batch * heads * per_head,), sizes, (*what, *cut, 2), WARPS)
+        return Config((batch * heads * per_head,), sizes, (*what, *cut[:3], cut.stages), cut.warps)
 
-    tensors = (
-        grad_y, grad_last.contiguous(), x, weight, decay, row_heads, _dense(initial_state), position, _on(lengths, x),
-        residuals.get("states"), d_x, d_initial, parts, of_decay,
-    )  # fmt: skip
-    launch(ctx, mix_backward, strides, tensors, configure, (value,))
+    def run_by(cut: Cut) -> tuple[Tensor, Tensor]:
+        per_head = blocks(width, cut.channels)
+        parts = ctx.scratch((2, per_head, batch, steps, heads), "float32")
+        of_decay = ctx.scratch((per_head, batch, heads), "float32")
+        tensors = (*given, parts, of_decay)
+        launch(ctx, mix_backward, (strides, cut), tensors, lambda: configure(cut, parts.stride(0)), (value,))
+        return parts, of_decay
+
+    parts, of_decay = run_by(_best(ctx, "recurrent_mix_backward", x, False, run_by))
+    per_head = parts.shape[1]
     every = None if position is None else position.repeat(per_head)
     sum_positions(ctx, parts.view(2, -1, steps, heads), every, 1, value, d_weight, d_bias)
     d_decay = of_decay.sum((0, 1)).to(decay.dtype)

@@ -11,6 +11,7 @@ dg_t = a_t * y_{t-1}.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from srm_backends.triton.autotune import BYTES, Question, choose
 from srm_backends.triton.common import state_dtype
 from srm_backends.triton.launch import Config, blocks, launch, power_of_2
 from srm_backends.triton.recurrence import await_words, broken, in_order, incoming, join, publish, states, value
@@ -337,20 +339,32 @@ class Plan(NamedTuple):
         return self.rows * self.chunks
 
 
-def plan(batch: int, steps: int, width: int, size: int, by_time: bool, back: bool) -> Plan:
-    """As measured. size: of an element in bytes; by_time: a channel's steps lie side by side in memory, not a step's
-    channels; back: the gradient's run, which keeps more in registers."""
+def plans(batch: int, steps: int, width: int, size: int, by_time: bool, back: bool) -> list[Plan]:
+    """The ways to cut the work, the first as measured on an H200. size: of an element in bytes; by_time: a channel's
+    steps lie side by side in memory, not a step's channels; back: the gradient's run, which keeps more in registers."""
     vector = 16 // size  # elements of one access
     if by_time:
-        return Plan(False, vector, power_of_2(blocks(steps, vector), 4, 128), power_of_2(width, 1, 4), 4)
-    threads, most = 128, (16 if back else 32) // vector  # rows: with more, registers spill
-    # Each thread has a vector of channels in one chunk: else rows would be shared between threads.
+        chunks = blocks(steps, vector)
+        cuts = ((128, 4, 4), (128, 1, 4), (32, 16, 4), (32, 4, 4), (256, 4, 8))
+        return [Plan(False, vector, power_of_2(chunks, 4, n), power_of_2(width, 1, c), w) for n, c, w in cuts]
+    most = (16 if back else 32) // vector  # rows: with more, registers spill
+
+    def serial(channels: int, warps: int, stages: int, of_rows: int = 1) -> Plan:
+        chunks = warps * 32 * vector // channels  # a thread has a vector of channels, or rows would be shared
+        return Plan(False, power_of_2(blocks(steps, chunks), 1, of_rows * most), chunks, channels, warps, stages)
+
+    def chained(channels: int, warps: int, of_rows: int = 2) -> Plan:
+        return Plan(True, of_rows * most, warps * 32 * vector // channels, channels, warps)
+
     for channels in (32, 16):
-        chunks = threads * vector // channels
         if batch * blocks(width, channels) >= MANY or steps < LONG:
-            rows = power_of_2(blocks(steps, chunks), 1, most)
-            return Plan(False, rows, chunks, channels, threads // 32, 3)
-    return Plan(True, 2 * most, threads * vector // 32, 32, threads // 32)
+            half = channels // 2
+            ways = [
+                serial(channels, 4, 3), serial(2 * channels, 4, 3), serial(2 * channels, 8, 3), serial(half, 4, 3),
+                serial(half, 2, 3), serial(channels, 4, 4), serial(channels, 4, 3, 2), serial(2 * channels, 4, 3, 2),
+            ]  # fmt: skip
+            return ways if steps < LONG else [*ways, chained(32, 4)]
+    return [chained(32, 4), chained(64, 4), chained(16, 4), chained(32, 2), chained(32, 8), chained(64, 4, 1)]
 
 
 def _by_time(t: Tensor) -> bool:
@@ -419,6 +433,19 @@ def _kind(gates: Tensor, steps: int, width: int) -> int:
     return STEPWISE if gates.shape[2] == 1 and width != 1 else FULL
 
 
+def _cut(
+    ctx: LaunchContext, name: str, kind: int, y: Tensor, by_time: bool, product: bool, more: bool,
+    run_by: Callable[[Plan], Any],
+) -> Plan:  # fmt: skip
+    def ask() -> Question:
+        (batch, steps, width), size = y.shape, y.element_size()
+        bucket = (str(y.dtype)[6:], kind, *(power_of_2(n, 1, 1 << 40) for n in y.shape), by_time, product, more)
+        ways = plans(batch, steps, width, size, by_time, name == "scan_backward")
+        return Question(bucket, 2 * y.numel() * size >= BYTES, ways)
+
+    return choose(ctx, name, (by_time, more), ask, run_by)
+
+
 def forward(
     ctx: LaunchContext, gates: Tensor, tokens: Tensor | None = None, initial_state: Tensor | None = None,
     *, reverse: bool = False, lengths: Tensor | None = None,
@@ -436,13 +463,16 @@ def forward(
         return y, last
     initial = None if initial_state is None else initial_state.contiguous()
     lengths = None if lengths is None else lengths.to(gates.device).contiguous()
-    cut = plan(batch, steps, width, y.element_size(), by_time, False)
     kind = _kind(gates, steps, width)
     states = None
     if ctx.wants_residuals and y.dtype != torch.float32 and not (kind == FULL and gates.dtype == y.dtype):
         states = _empty(ctx, like, by_time, "float32")  # rounded ones would show in a sum, or in float32
     default = 1 if tokens is None else 0
-    run(ctx, kind, reverse, gates, tokens, states, initial, None, lengths, y, last, None, cut, default)
+
+    def run_by(cut: Plan) -> None:
+        run(ctx, kind, reverse, gates, tokens, states, initial, None, lengths, y, last, None, cut, default)
+
+    run_by(_cut(ctx, "scan", kind, y, by_time, tokens is None, states is None, run_by))
     ctx.keep("states", y if states is None else states)
     return y, last
 
@@ -461,19 +491,25 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Tensor, grad_last
     d_tokens = _empty(ctx, grad_y, by_time)
     if states.stride() != d_tokens.stride():  # it has been elsewhere since the forward
         states, d_tokens = states.contiguous(), _empty(ctx, grad_y, False)
-    kind, cut = _kind(gates, steps, width), plan(batch, steps, width, d_tokens.element_size(), by_time, True)
-    if kind == FULL:
-        d_gates = _empty(ctx, grad_y, _by_time(d_tokens), gates.dtype)
-    elif kind == STEPWISE:
-        d_gates = ctx.scratch((blocks(width, cut.channels), batch, steps), "float32")
-    else:
-        d_gates = ctx.scratch((blocks(steps, cut.steps) if cut.chained else 1, batch, width), "float32")
+    kind = _kind(gates, steps, width)
     initial = None if initial_state is None else initial_state.contiguous()
     lengths = None if lengths is None else lengths.to(gates.device).contiguous()
-    run(
-        ctx, kind, not reverse, gates, grad_y, states, initial, grad_last.contiguous(), lengths, d_tokens, d_state,
-        d_gates, cut, 1 if tokens is None else 0,
-    )  # fmt: skip
+    last = grad_last.contiguous()
+
+    def run_by(cut: Plan) -> Tensor:
+        if kind == FULL:
+            of_gates = _empty(ctx, grad_y, _by_time(d_tokens), gates.dtype)
+        elif kind == STEPWISE:
+            of_gates = ctx.scratch((blocks(width, cut.channels), batch, steps), "float32")
+        else:
+            of_gates = ctx.scratch((blocks(steps, cut.steps) if cut.chained else 1, batch, width), "float32")
+        run(
+            ctx, kind, not reverse, gates, grad_y, states, initial, last, lengths, d_tokens, d_state,
+            of_gates, cut, 1 if tokens is None else 0,
+        )  # fmt: skip
+        return of_gates
+
+    d_gates = run_by(_cut(ctx, "scan_backward", kind, d_tokens, by_time, tokens is None, False, run_by))
     if kind != FULL:
         total = d_gates.sum(0)
         total = total[:, :, None] if kind == STEPWISE else total[:, None]
