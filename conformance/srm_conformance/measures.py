@@ -33,11 +33,11 @@ def frobenius_error(got: Array, truth: Array, floor: float = 0.0) -> Worst:
     return float(error / max(norm, floor / peak * np.sqrt(difference.size))), where_largest(difference)
 
 
-def row_error(got: Array, truth: Array, floor: float = 0.0) -> Worst:
+def row_error(got: Array, truth: Array, floor: Any = 0.0) -> Worst:
     """The largest |got - truth| over the largest |truth| in its last-axis row, and where.
 
-    floor: the least magnitude a row is taken to have, so that a row of zeros can be judged. A scalar is a row
-    of one. 0 for an empty array. Elements that are not finite on one side count as 0.
+    floor: the least magnitude that all rows, or each, are taken to have, so that a row of zeros can be judged. A scalar
+    is a row of one. 0 for an empty array. Elements that are not finite on one side count as 0.
     """
     difference, size = finite_parts(got, truth)
     if not difference.size:

@@ -430,18 +430,21 @@ def _measures(got: Array, truth: Array, dtype: str, gradient: float | None, left
     for an output that is 0 throughout since equals cancel: the variance of equal values.
 
     A row of a gradient may be a difference of equals: attention's, of a step with one slot. float32 arithmetic leaves
-    eps of float32 of what cancelled, where the truth is 0. So a row of a gradient of a half type is taken to be
-    large enough, beside the largest one, for this to be eps of its own type. A gradient that is 0 throughout, but for
-    the truth's own rounding (of the query, where there is one slot), is measured by the gradients of the outputs.
+    eps of float32 of what cancelled, where the truth is 0. So a row of zeros in a gradient is measured beside the
+    largest element, and any row of a gradient of a half type is taken to be large enough, beside that one, for this to
+    be eps of its own type. A gradient that is 0 throughout is measured by the gradients of the outputs. Zeros are what
+    the truth's own rounding may leave, too: of the query's gradient, where there is one slot.
     """
     floor = max(left, float(finfo(dtype).smallest_normal))
     within = np.where(np.isfinite(rounded_to(truth, dtype)), truth, truth.dtype.type(np.nan))
-    if gradient is not None and (np.abs(within) <= ROUNDED_AWAY * np.finfo(truth.dtype).eps * gradient).all():
-        floor = max(floor, gradient)
-    least = floor
-    if gradient is not None and dtype in HALF:
-        largest = np.abs(within).max(initial=0, where=np.isfinite(within))
-        least = max(floor, float(largest) * eps_of("float32") / eps_of(dtype))
+    least: Any = floor
+    if gradient is not None and within.size:
+        zero = np.abs(np.atleast_1d(within)) <= ROUNDED_AWAY * np.finfo(truth.dtype).eps * gradient
+        if zero.all():
+            floor = max(floor, gradient)
+        largest = float(np.abs(within).max(initial=0, where=np.isfinite(within)))
+        of_rows = largest * eps_of("float32") / eps_of(dtype) if dtype in HALF else 0
+        least = np.maximum(floor, np.where(zero.all(-1, keepdims=True), largest, of_rows))
     return frobenius_error(got, within, floor), row_error(got, within, least), peak_error(got, within, floor)
 
 

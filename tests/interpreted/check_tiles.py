@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from srm_backends.triton import attention, attention_backward, convolution, sequence
+from srm_backends.triton import attention, attention_backward, attention_masks, convolution, sequence
 
 import srm_core
 from srm_core.registry import registry
@@ -77,6 +77,37 @@ def test_masks_over_several_tiles() -> None:
     q, k = normal(1, 2, 40, 8), normal(1, 2, 50, 8)
     check("attention", q, k, k, np.random.default_rng(0).random((40, 50)) < 0.3)
     check("attention", q, k, k, normal(2, 40, 50))
+
+
+@pytest.mark.usefixtures("tiles", "small")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["documents", "padding", "additive", "nothing"])
+def test_tiles_that_nothing_counts_in_are_passed_over(monkeypatch: Any, kind: str, dtype: str) -> None:
+    seen = []
+    monkeypatch.setattr(attention_masks, "LARGE", 0)
+    monkeypatch.setattr(attention_masks, "READERS", 1)
+    found = attention_masks.lists
+
+    def lists(*args: Any) -> Any:
+        seen.append(found(*args))
+        return seen[-1]
+
+    for module in (attention, attention_backward):
+        monkeypatch.setattr(module, "lists", lists)
+    q, k = normal(2, 4, 70, 24, dtype=dtype), normal(2, 4, 90, 24, dtype=dtype)
+    t, s = np.arange(70)[:, None], np.arange(90)[None, :]
+    mask: Any = t // 25 == s // 25
+    if kind == "padding":
+        mask = s < np.array([33, 64])[:, None, None, None]
+    elif kind == "additive":
+        mask = np.where(mask, t * 0.01, -np.inf).astype(dtype)
+    elif kind == "nothing":
+        mask = mask & (t > 30)
+    check("attention", q, k, k, mask)
+    listed = [int(each.counts.sum()) for each in seen if each.counts is not None]
+    everything = [each.starts.numel() for each in seen if each.counts is not None]
+    assert len(listed) == (2 if kind == "additive" else 3)
+    assert all(0 < few < many for few, many in zip(listed, everything, strict=True))
 
 
 WAYS = {

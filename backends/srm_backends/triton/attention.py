@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from srm_backends.triton.attention_masks import ADDITIVE, BOOLEAN, LOG2_E, Lists, first_of, lists, masked
 from srm_backends.triton.autotune import FLOPS, Question, choose
 from srm_backends.triton.hds import window_sum
 from srm_backends.triton.launch import Config, blocks, launch, multiprocessors, power_of_2
@@ -27,8 +28,6 @@ from srm_backends.triton.tiles import available, describe
 from srm_core.context import LaunchContext
 from srm_core.ops.attention.reference import default_scale
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-BOOLEAN, ADDITIVE = tl.constexpr(1), tl.constexpr(2)  # kinds of masks; 0: none
 FAR = 1 << 23  # a stride with which an offset within a tile may not fit 32 bits
 
 
@@ -72,31 +71,26 @@ def scaled(q, factor):
 
 
 @triton.jit
-def masked(scores, masks, at, inside, MASK: tl.constexpr):
-    """Scores in powers of two with the mask that stands at masks + at, and -inf outside."""
-    if MASK == BOOLEAN:
-        inside = inside & (tl.load(masks + at, inside, other=0) != 0)
-    if MASK == ADDITIVE:
-        scores += tl.load(masks + at, inside, other=0).to(tl.float32) * LOG2_E
-    return tl.where(inside, scores, float("-inf"))
-
-
-@triton.jit
 def _attend(
-    average, total, peak, q, keys, values, key_tiles, value_tiles, b, g, masks, step, there, column_d, column_e,
+    average, total, peak, q, keys, values, key_tiles, value_tiles, b, g, masks, starts, step, there, column_d, column_e,
     first, last, factor, S, D, E, ks, kd, vs, vd, ms,
     MASK: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Go through slots first ... last - 1. keys, values, masks: bases of slot 0; or tiles of key and value, at [b, g].
+    starts: a list of the tiles that count, or None; then first and last are columns of the list.
 
     RAW: scores are multiplied by a positive factor as they enter the exponential. EDGE: tiles may have slots that are
     not there, or that lie ahead of a step.
     """
     n = tl.arange(0, BLOCK_N)
-    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+    end = last
+    if starts is not None:
+        end = S
+    for at in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+        start = first_of(starts, at, starts is not None, BLOCK_N)
         slot = start + n
-        inside = slot < last
+        inside = slot < end
         if key_tiles is not None:
             k = tl.reshape(key_tiles.load([b, g, start, 0]), (BLOCK_N, BLOCK_D))
             v = tl.reshape(value_tiles.load([b, g, start, 0]), (BLOCK_N, BLOCK_E))
@@ -129,14 +123,14 @@ def _attend(
 
 @triton.jit(do_not_specialize=["factor"])
 def attention_forward(
-    query, key, value, mask, out, peaks, totals, factor, key_tiles, value_tiles,
-    tiles, share, B, H, G, T, S, D, E, qb, qh, qt, qd, kb, kg, ks, kd, vb, vg, vs, vd, mb, mh, mt, ms,
+    query, key, value, mask, counts, starts, out, peaks, totals, factor, key_tiles, value_tiles,
+    tiles, share, B, H, G, T, S, D, E, qb, qh, qt, qd, kb, kg, ks, kd, vb, vg, vs, vd, mb, mh, mt, ms, cb, ch, columns,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, RAW: tl.constexpr, PACK: tl.constexpr, KEEP: tl.constexpr,
     SPLITS: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """key_tiles, value_tiles: what key and value are read with, or None. out (B, H, T, E); peaks and totals (B, H, T):
-    the largest score, in powers of two, and the sum of the weights.
+    """key_tiles, value_tiles: what key and value are read with, or None. counts, starts: see `Lists`, or None.
+    out (B, H, T, E); peaks and totals (B, H, T): the largest score, in powers of two, and the sum of the weights.
     Where a step attends to nothing, they are -inf and 0. With SPLITS all have one more axis in front, and out is the
     sum of the weighted values, not their mean. share: the slots of a split, a multiple of BLOCK_N."""
     unit = tl.program_id(0)
@@ -172,17 +166,22 @@ def attention_forward(
     full = first + tl.maximum(tl.minimum(full, last) - first, 0) // BLOCK_N * BLOCK_N
     if MASK:
         full = first
+    listed = starts
+    if starts is not None:
+        row_of_list = b * cb + h * ch + tile
+        last = tl.load(counts + row_of_list) * BLOCK_N
+        listed = starts + row_of_list * columns
     average = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     total, peak = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if not MASK:
         average, total, peak = _attend(
-            average, total, peak, q, keys, values, key_tiles, value_tiles, at_b, at_g, masks, step, there, column_d,
-            column_e, first, full, factor, S, D, E, ks, kd, vs, vd, ms,
+            average, total, peak, q, keys, values, key_tiles, value_tiles, at_b, at_g, masks, listed, step, there,
+            column_d, column_e, first, full, factor, S, D, E, ks, kd, vs, vd, ms,
             0, False, False, RAW, PRECISION, WINDOW, BLOCK_N, BLOCK_D, BLOCK_E, STAGES,
         )  # fmt: skip
     average, total, peak = _attend(
-        average, total, peak, q, keys, values, key_tiles, value_tiles, at_b, at_g, masks, step, there, column_d,
-        column_e, full, last, factor, S, D, E, ks, kd, vs, vd, ms,
+        average, total, peak, q, keys, values, key_tiles, value_tiles, at_b, at_g, masks, listed, step, there,
+        column_d, column_e, full, last, factor, S, D, E, ks, kd, vs, vd, ms,
         MASK, True, CAUSAL, RAW, PRECISION, WINDOW, BLOCK_N, BLOCK_D, BLOCK_E, STAGES,
     )  # fmt: skip
 
@@ -355,16 +354,17 @@ def _attend_by(
     if splits > 1:
         parts = tuple(ctx.scratch((splits, *rows, *last), "float32") for last in ((wide,), (), ()))
     positive = call.scale > 0
+    found = Lists() if splits > 1 or pack else lists(ctx, call.mask, block_m, block_n, False)
 
     def configure() -> Config:
         share = blocks(blocks(slots, splits), block_n) * block_n
-        sizes = (tiles, share, batch, heads, groups, steps, slots, width, wide, *strides)
+        sizes = (tiles, share, batch, heads, groups, steps, slots, width, wide, *strides, *found.strides)
         raw = positive and kind != ADDITIVE.value
         what = (kind, call.causal, raw, pack, keep or splits > 1, splits, call.precision, call.window)
         return Config((units * splits,), sizes, (*what, block_m, block_n, *call.widths, stages), warps, stages)
 
-    tensors = (call.query, call.key, call.value, call.mask, *parts)
-    key = strides, keep, positive, call.causal, call.precision, call.window, described[0] is None, tile
+    tensors = (call.query, call.key, call.value, call.mask, found.counts, found.starts, *parts)
+    key = strides, found.strides, keep, positive, call.causal, call.precision, call.window, described[0] is None, tile
     launch(ctx, attention_forward, key, tensors, configure, (call.factor, *described))
     if splits > 1:
         count = batch * heads * steps

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srm_backends.triton.attention import ADDITIVE, Call, load_rows, masked, prepare, scaled
+from srm_backends.triton.attention import Call, load_rows, prepare, scaled
+from srm_backends.triton.attention_masks import ADDITIVE, Lists, first_of, lists, masked
 from srm_backends.triton.autotune import FLOPS, Question, choose
 from srm_backends.triton.launch import Config, blocks, launch
 from srm_core.context import LaunchContext, Residuals
@@ -50,15 +51,19 @@ def attention_delta(
 
 @triton.jit
 def _through_steps(
-    d_k, d_v, k, v, queries, grads, of_rows, masks, slot, there, column_d, column_e, first, last, factor,
+    d_k, d_v, k, v, queries, grads, of_rows, masks, starts, slot, there, column_d, column_e, first, last, factor,
     T, D, E, qt, qd, gt, ge, mt,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add what steps first ... last - 1 of a head give to d_k (BLOCK_N, BLOCK_D) and d_v (BLOCK_N, BLOCK_E)."""
+    """Add what steps first ... last - 1 of a head give to d_k (BLOCK_N, BLOCK_D) and d_v (BLOCK_N, BLOCK_E).
+    starts: a list of the tiles that count, or None; then first and last are columns of the list."""
     m = tl.arange(0, BLOCK_M)
-    for start in tl.range(first, last, BLOCK_M):
-        step = start + m
-        inside = step < last
+    end = last
+    if starts is not None:
+        end = T
+    for at in tl.range(first, last, BLOCK_M):
+        step = first_of(starts, at, starts is not None, BLOCK_M) + m
+        inside = step < end
         q = load_rows(queries, step.to(tl.int64) * qt, inside, column_d, qd, D)
         grad = load_rows(grads, step.to(tl.int64) * gt, inside, column_e, ge, E)
         peak, share, delta = load_softmax(of_rows, step, inside)
@@ -81,8 +86,9 @@ def _through_steps(
 
 @triton.jit(do_not_specialize=["factor", "scale"])
 def attention_backward_slots(
-    grad_out, query, key, value, mask, peaks, totals, delta, d_key, d_value, factor, scale,
+    grad_out, query, key, value, mask, peaks, totals, delta, counts, starts, d_key, d_value, factor, scale,
     tiles, members, H, G, T, S, D, E, gb, gh, gt, ge, qb, qh, qt, qd, kb, kg, ks, kd, vb, vg, vs, vd, mb, mh, mt, ms,
+    cb, ch, columns,
     SHARED: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -113,17 +119,22 @@ def attention_backward_slots(
         masks = mask
         if MASK:
             masks = mask + b * mb + h * mh + (far * ms)[:, None]
-        first = 0
+        first, last = 0, T
+        listed = starts
+        if starts is not None:
+            row_of_list = b * cb + h * ch + tile
+            last = tl.load(counts + row_of_list) * BLOCK_M
+            listed = starts + row_of_list * columns
         if CAUSAL:
             first = tile * BLOCK_N // BLOCK_M * BLOCK_M
             after = tl.minimum((tl.cdiv((tile + 1) * BLOCK_N, BLOCK_M)) * BLOCK_M, T)
             d_k, d_v = _through_steps(
-                d_k, d_v, k, v, queries, grads, of_rows, masks, slot, there, column_d, column_e, first, after,
+                d_k, d_v, k, v, queries, grads, of_rows, masks, None, slot, there, column_d, column_e, first, after,
                 factor, T, D, E, qt, qd, gt, ge, mt, MASK, True, PRECISION, BLOCK_M,
             )  # fmt: skip
             first = after
         d_k, d_v = _through_steps(
-            d_k, d_v, k, v, queries, grads, of_rows, masks, slot, there, column_d, column_e, first, T,
+            d_k, d_v, k, v, queries, grads, of_rows, masks, listed, slot, there, column_d, column_e, first, last,
             factor, T, D, E, qt, qd, gt, ge, mt, MASK, False, PRECISION, BLOCK_M,
         )  # fmt: skip
     row = ((batch * G + g) * S + far)[:, None]
@@ -135,17 +146,20 @@ def attention_backward_slots(
 
 @triton.jit
 def _through_slots(
-    d_q, q, grad, softmax, keys, values, masks, d_masks, step, there, column_d, column_e, first, last, factor,
+    d_q, q, grad, softmax, keys, values, masks, d_masks, starts, step, there, column_d, column_e, first, last, factor,
     S, D, E, ks, kd, vs, vd, ms,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, MASK_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add what slots first ... last - 1 give to d_q (BLOCK_M, BLOCK_D)."""
+    """Add what slots first ... last - 1 give to d_q (BLOCK_M, BLOCK_D). starts: as in `_through_steps`."""
     peak, share, delta = softmax
     n = tl.arange(0, BLOCK_N)
-    for start in tl.range(first, last, BLOCK_N):
-        slot = start + n
-        inside = slot < last
+    end = last
+    if starts is not None:
+        end = S
+    for at in tl.range(first, last, BLOCK_N):
+        slot = first_of(starts, at, starts is not None, BLOCK_N) + n
+        inside = slot < end
         far = slot.to(tl.int64)
         k = load_rows(keys, far * ks, inside, column_d, kd, D)
         v = load_rows(values, far * vs, inside, column_e, vd, E)
@@ -168,8 +182,9 @@ def _through_slots(
 
 @triton.jit(do_not_specialize=["factor", "scale"])
 def attention_backward_steps(
-    grad_out, query, key, value, mask, peaks, totals, delta, d_query, d_mask, factor, scale,
+    grad_out, query, key, value, mask, peaks, totals, delta, counts, starts, d_query, d_mask, factor, scale,
     tiles, H, G, T, S, D, E, gb, gh, gt, ge, qb, qh, qt, qd, kb, kg, ks, kd, vb, vg, vs, vd, mb, mh, mt, ms,
+    cb, ch, columns,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, MASK_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -193,15 +208,20 @@ def attention_backward_steps(
         d_masks = d_mask + row[:, None] * S
     d_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last, full = S, S
+    listed = starts
+    if starts is not None:
+        row_of_list = b * cb + h * ch + tile
+        last = tl.load(counts + row_of_list) * BLOCK_N
+        listed, full = starts + row_of_list * columns, last
     if CAUSAL:
         last = tl.minimum(S, (tile + 1) * BLOCK_M)
         full = tl.minimum(S, tile * BLOCK_M + 1) // BLOCK_N * BLOCK_N
         d_q = _through_slots(
-            d_q, q, grad, softmax, keys, values, masks, d_masks, step, there, column_d, column_e, full, last,
+            d_q, q, grad, softmax, keys, values, masks, d_masks, None, step, there, column_d, column_e, full, last,
             factor, S, D, E, ks, kd, vs, vd, ms, MASK, True, MASK_GRADIENT, PRECISION, BLOCK_N,
         )  # fmt: skip
     d_q = _through_slots(
-        d_q, q, grad, softmax, keys, values, masks, d_masks, step, there, column_d, column_e, 0, full,
+        d_q, q, grad, softmax, keys, values, masks, d_masks, listed, step, there, column_d, column_e, 0, full,
         factor, S, D, E, ks, kd, vs, vd, ms, MASK, False, MASK_GRADIENT, PRECISION, BLOCK_N,
     )  # fmt: skip
     column = column_d[None, :]
@@ -257,17 +277,17 @@ def pull(
         total = batch * heads * steps
         return Config((blocks(total, block),), (total, heads, steps, wide, *of_grad), (block, widths[1]))
 
-    def of_slots(tile: Tile) -> Config:
+    def of_slots(tile: Tile, of_lists: tuple[int, ...]) -> Config:
         block_m, block_n, warps, stages = tile
         tiles, members = blocks(slots, block_n), heads // groups * (batch if shared else 1)
-        sizes = (tiles, members, heads, groups, steps, slots, width, wide, *strides)
+        sizes = (tiles, members, heads, groups, steps, slots, width, wide, *strides, *of_lists)
         what = (shared, kind, call.causal, call.precision, block_m, block_n, *widths)
         return Config((tiles * rows * groups,), sizes, what, warps, stages)
 
-    def of_steps(tile: Tile) -> Config:
+    def of_steps(tile: Tile, of_lists: tuple[int, ...]) -> Config:
         block_m, block_n, warps, stages = tile
         tiles = blocks(steps, block_m)
-        sizes = (tiles, heads, groups, steps, slots, width, wide, *strides)
+        sizes = (tiles, heads, groups, steps, slots, width, wide, *strides, *of_lists)
         what = (kind, call.causal, mask_gradient, call.precision, block_m, block_n, *widths)
         return Config((tiles * batch * heads,), sizes, what, warps, stages)
 
@@ -276,12 +296,16 @@ def pull(
     numbers = (call.factor, call.scale)
 
     def slots_by(tile: Tile) -> None:
-        tensors = (*given, d_key, d_value)
-        launch(ctx, attention_backward_slots, (key, shared, tile), tensors, lambda: of_slots(tile), numbers)
+        *arrays, of_lists = lists(ctx, call.mask, tile.rows, tile.slots, True)
+        tensors, known = (*given, *arrays, d_key, d_value), (key, of_lists, shared, tile)
+        launch(ctx, attention_backward_slots, known, tensors, lambda: of_slots(tile, of_lists), numbers)
 
     def steps_by(tile: Tile) -> None:
-        tensors = (*given, d_query, d_mask)
-        launch(ctx, attention_backward_steps, (key, mask_gradient, tile), tensors, lambda: of_steps(tile), numbers)
+        # The gradient of a mask is written for every slot.
+        found = Lists() if mask_gradient else lists(ctx, call.mask, tile.rows, tile.slots, False)
+        *arrays, of_lists = found
+        tensors, known = (*given, *arrays, d_query, d_mask), (key, of_lists, mask_gradient, tile)
+        launch(ctx, attention_backward_steps, known, tensors, lambda: of_steps(tile, of_lists), numbers)
 
     def ask(of_slots: bool) -> Question:
         worth = 2 * batch * heads * steps * slots * (width + wide) >= FLOPS
