@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -328,6 +329,8 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=15)
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("srm_backends").setLevel(logging.INFO)  # what is measured before a choice is remembered
     source = torch.empty(BYTES // 2, dtype=torch.uint8, device="cuda")
     target, small = torch.empty_like(source), torch.empty(1, device="cuda")
     a, b = rand(8192, 8192, dtype=torch.bfloat16), rand(8192, 8192, dtype=torch.bfloat16)

@@ -24,6 +24,7 @@ COMPILED = ((80, "bfloat16"), (90, "float32"), (90, "bfloat16"))
 MODULES = (
     "attention",
     "attention_backward",
+    "attention_masks",
     "batch_norm",
     "conv_bn",
     "convolution",

@@ -227,15 +227,12 @@ def _cuts(x: Tensor, back: bool) -> list[Cut]:
     vector = 16 // x.element_size()
     most, stages = (16 // vector, 2) if back else (32 // vector, 3)
 
-    def cut(channels: int, warps: int, stages: int, of_rows: int = 1) -> Cut:
+    def cut(channels: int, warps: int, times: int = 1) -> Cut:
         channels = power_of_2(width, 8, channels)
         chunks = warps * 32 * vector // channels
-        return Cut(power_of_2(blocks(steps, chunks), 1, of_rows * most), chunks, channels, warps, stages)
+        return Cut(power_of_2(blocks(steps, chunks), 1, times * most), chunks, channels, warps, stages)
 
-    ways = [
-        cut(32, 4, stages), cut(64, 4, stages), cut(64, 8, stages), cut(128, 4, stages), cut(16, 4, stages),
-        cut(32, 2, stages), cut(32, 4, stages, 2), cut(32, 4, stages + 1),
-    ]  # fmt: skip
+    ways = [cut(32, 2), cut(32, 4), cut(64, 4), cut(64, 2), cut(16, 2), cut(32, 1), cut(32, 2, 2)]
     return list(dict.fromkeys(ways))
 
 

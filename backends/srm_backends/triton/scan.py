@@ -345,26 +345,27 @@ def plans(batch: int, steps: int, width: int, size: int, by_time: bool, back: bo
     vector = 16 // size  # elements of one access
     if by_time:
         chunks = blocks(steps, vector)
-        cuts = ((128, 4, 4), (128, 1, 4), (32, 16, 4), (32, 4, 4), (256, 4, 8))
-        return [Plan(False, vector, power_of_2(chunks, 4, n), power_of_2(width, 1, c), w) for n, c, w in cuts]
-    most = (16 if back else 32) // vector  # rows: with more, registers spill
+        by_steps = ((128, 1, 4, 2), (128, 1, 4, 3), (256, 1, 4, 2), (256, 1, 8, 2), (64, 1, 2, 3), (128, 2, 4, 2))
+        return [
+            Plan(False, vector, power_of_2(chunks, 4, n), power_of_2(width, 1, c), warps, stages)
+            for n, c, warps, stages in by_steps
+        ]
+    most = (16 if back else 32) // vector  # rows
 
-    def serial(channels: int, warps: int, stages: int, of_rows: int = 1) -> Plan:
+    def serial(channels: int, warps: int, times: int) -> Plan:
         chunks = warps * 32 * vector // channels  # a thread has a vector of channels, or rows would be shared
-        return Plan(False, power_of_2(blocks(steps, chunks), 1, of_rows * most), chunks, channels, warps, stages)
+        return Plan(False, power_of_2(blocks(steps, chunks), 1, times * most), chunks, channels, warps, 3)
 
-    def chained(channels: int, warps: int, of_rows: int = 2) -> Plan:
-        return Plan(True, of_rows * most, warps * 32 * vector // channels, channels, warps)
+    def chained(channels: int, warps: int) -> Plan:
+        return Plan(True, 2 * most, warps * 32 * vector // channels, channels, warps)
 
-    for channels in (32, 16):
-        if batch * blocks(width, channels) >= MANY or steps < LONG:
-            half = channels // 2
-            ways = [
-                serial(channels, 4, 3), serial(2 * channels, 4, 3), serial(2 * channels, 8, 3), serial(half, 4, 3),
-                serial(half, 2, 3), serial(channels, 4, 4), serial(channels, 4, 3, 2), serial(2 * channels, 4, 3, 2),
-            ]  # fmt: skip
-            return ways if steps < LONG else [*ways, chained(32, 4)]
-    return [chained(32, 4), chained(64, 4), chained(16, 4), chained(32, 2), chained(32, 8), chained(64, 4, 1)]
+    for channels in (64, 32, 16) if size == 2 else (32, 16):
+        if batch * blocks(width, channels) >= MANY or (channels == 32 and steps < LONG):
+            first = serial(channels, 4, 1 if back and size == 4 else 2)
+            cuts = ((32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 4, 2), (16, 4, 1), (32, 2, 2), (64, 2, 2))
+            ways = [first, *(serial(*cut) for cut in cuts)]
+            return list(dict.fromkeys(ways if steps < LONG else [*ways, chained(32, 4)]))
+    return [chained(32, 4), chained(64, 4), chained(16, 4), chained(32, 2), chained(32, 8)]
 
 
 def _by_time(t: Tensor) -> bool:
