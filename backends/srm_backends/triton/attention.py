@@ -22,6 +22,7 @@ from torch import Tensor
 
 from srm_backends.triton.attention_masks import ADDITIVE, BOOLEAN, LOG2_E, Lists, first_of, lists, masked
 from srm_backends.triton.autotune import FLOPS, Question, choose
+from srm_backends.triton.common import dot
 from srm_backends.triton.hds import window_sum
 from srm_backends.triton.launch import Config, blocks, launch, multiprocessors, power_of_2
 from srm_backends.triton.tiles import available, describe
@@ -97,7 +98,7 @@ def _attend(
         else:
             k = load_slots(keys, slot, inside, column_d, ks, kd, D, WINDOW)
             v = load_slots(values, slot, inside, column_e, vs, vd, E, WINDOW)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = dot(q, tl.trans(k), PRECISION)
         if not RAW:
             scores = scores * factor
         if EDGE:
@@ -117,7 +118,7 @@ def _attend(
         peak = highest
         total = total * fade + tl.sum(weights, 1)
         average = average * fade[:, None]
-        average = tl.dot(weights.to(v.dtype), v, average, input_precision=PRECISION)
+        average = dot(weights.to(v.dtype), v, PRECISION, average)
     return average, total, peak
 
 

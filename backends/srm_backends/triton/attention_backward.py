@@ -21,6 +21,7 @@ from torch import Tensor
 from srm_backends.triton.attention import Call, load_rows, prepare, scaled
 from srm_backends.triton.attention_masks import ADDITIVE, Lists, first_of, lists, masked
 from srm_backends.triton.autotune import FLOPS, Question, choose
+from srm_backends.triton.common import dot
 from srm_backends.triton.launch import Config, blocks, launch
 from srm_core.context import LaunchContext, Residuals
 
@@ -68,19 +69,19 @@ def _through_steps(
         grad = load_rows(grads, step.to(tl.int64) * gt, inside, column_e, ge, E)
         peak, share, delta = load_softmax(of_rows, step, inside)
         q_scaled, rest = scaled(q, factor)
-        scores = tl.dot(k, tl.trans(q_scaled), input_precision=PRECISION) * rest  # (BLOCK_N, BLOCK_M)
+        scores = dot(k, tl.trans(q_scaled), PRECISION) * rest  # (BLOCK_N, BLOCK_M)
         if MASK or CAUSAL:
             counts = there[:, None] & inside[None, :]
             if CAUSAL:
                 counts = counts & (slot[:, None] <= step[None, :])
             scores = masked(scores, masks, step.to(tl.int64)[None, :] * mt, counts, MASK)
         p = tl.exp2(scores - peak[None, :]) * share[None, :]
-        d_v = tl.dot(p.to(grad.dtype), grad, d_v, input_precision=PRECISION)
-        d_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        d_v = dot(p.to(grad.dtype), grad, PRECISION, d_v)
+        d_p = dot(v, tl.trans(grad), PRECISION)
         d_s = p * (d_p - delta[None, :])
         if MASK or CAUSAL:
             d_s = tl.where(scores == float("-inf"), 0, d_s)
-        d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
+        d_k = dot(d_s.to(q.dtype), q, PRECISION, d_k)
     return d_k, d_v
 
 
@@ -163,20 +164,20 @@ def _through_slots(
         far = slot.to(tl.int64)
         k = load_rows(keys, far * ks, inside, column_d, kd, D)
         v = load_rows(values, far * vs, inside, column_e, vd, E)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        scores = dot(q, tl.trans(k), PRECISION) * factor
         counts = there[:, None] & inside[None, :]
         if MASK or CAUSAL:
             if CAUSAL:
                 counts = counts & (slot[None, :] <= step[:, None])
             scores = masked(scores, masks, far[None, :] * ms, counts, MASK)
         p = tl.exp2(scores - peak[:, None]) * share[:, None]
-        d_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        d_p = dot(grad, tl.trans(v), PRECISION)
         d_s = p * (d_p - delta[:, None])
         if MASK or CAUSAL:
             d_s = tl.where(scores == float("-inf"), 0, d_s)
         if MASK_GRADIENT:
             tl.store(d_masks + far[None, :], d_s.to(d_masks.dtype.element_ty), counts)
-        d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
+        d_q = dot(d_s.to(k.dtype), k, PRECISION, d_q)
     return d_q
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: the sigmoid and tanh, and the dtypes of states and results."""
+"""What the kernels share: the sigmoid and tanh, products of tiles, and the dtypes of states and results."""
 
 from __future__ import annotations
 
@@ -28,6 +28,22 @@ def tanh(x):
     p = p * u - 0.33333333
     far = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
     return tl.where(tl.abs(x) < 0.6, x + x * u * p, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def tf32(x):
+    """float32 rounded to TF32's 10 bits behind the point: the matrix units would cut the others off."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, acc=None):
+    """a @ b, and + acc, in float32. PRECISION: of float32 factors, "ieee" or "tf32"."""
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a = tf32(a)
+        b = tf32(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 def state_dtype(given: Any, like: Any) -> torch.dtype:

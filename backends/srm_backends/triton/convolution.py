@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srm_backends.triton.autotune import FLOPS, Question, choose
+from srm_backends.triton.common import dot
 from srm_backends.triton.launch import Config, blocks, launch, multiprocessors, power_of_2
 from srm_backends.triton.tiles import available, describe
 from srm_core.context import LaunchContext
@@ -139,7 +140,7 @@ def convolve_blocks(
             taps = tl.load(
                 kernel + (start * wc + r * wr + s * ws), there_k[:, None] & there_n[None, :], other=0
             )  # fmt: skip
-        acc = tl.dot(seen, taps, acc, input_precision=PRECISION)
+        acc = dot(seen, taps, PRECISION, acc)
     o = group * N + n
     inside = there_m[:, None] & there_n[None, :]
     if AFTER == LINE:
@@ -272,7 +273,7 @@ def weight_gradient_blocks(
         at = b * xb + h.to(tl.int64) * xh + w.to(tl.int64) * xw
         inside = there & inside_h & inside_w
         saw = tl.load(x + at[:, None] + (channel_c * xc)[None, :], inside[:, None] & (c < C)[None, :], other=0)
-        acc = tl.dot(became, saw, acc, input_precision=PRECISION)
+        acc = dot(became, saw, PRECISION, acc)
     at = ((split.to(tl.int64) * groups + group) * taps + tap) * N * C
     tl.store(parts + at + n[:, None] * C + c[None, :], acc, (n < N)[:, None] & (c < C)[None, :])
 

@@ -104,8 +104,8 @@ def lstm_forward(
             tl.store(states + step, tl.where(running, h, 0).to(states.dtype.element_ty), there)
             tl.store(cells + step, tl.where(running, c, 0), there)
         new = sigmoid(f + of_f + bias_f) * c + sigmoid(i + of_i + bias_i) * tanh(g + of_g + bias_g)
-        c = tl.where(running, new, c)
-        h = tl.where(running, sigmoid(o + of_o + bias_o) * tanh(c), h)
+        c = tl.where(running & there, new, c)  # outside it stays 0, whatever its products are
+        h = tl.where(running & there, sigmoid(o + of_o + bias_o) * tanh(c), h)
         tl.store(y + step, tl.where(running, h, 0).to(y.dtype.element_ty), there)
         if not ALONE:
             slot = words + ((t + 1) % 2) * B * H
@@ -247,7 +247,7 @@ def backward(
         run(ctx, lstm_backward, how, w_hh.stride(), tensors, batch, steps, width, w_hh.stride(), end=1)
     d_bias = d_gates.sum((0, 1), dtype=torch.float32)
     return (
-        multiply(ctx, d_gates, w_ih).to(x.dtype),
+        within(multiply(ctx, d_gates, w_ih).to(x.dtype), lengths),
         gradient_of_weights(ctx, d_gates, within(x, lengths), w_ih),
         gradient_of_weights(ctx, d_gates, states, w_hh),
         *(None if b is None else d_bias.to(b.dtype, copy=True) for b in (b_ih, b_hh)),

@@ -97,7 +97,8 @@ def mdi_recurrence_forward(
         if KEEP:
             tl.store(states + step, tl.where(running, h, 0).to(states.dtype.element_ty), there)
         mixed = (1 - g) * h + g * x + decay * h
-        h = tl.where(running, x * u + decay * h + mix * mixed, h)
+        # Outside it stays 0, whatever its products are.
+        h = tl.where(running & there, x * u + decay * h + mix * mixed, h)
         tl.store(y + step, tl.where(running, h, 0).to(y.dtype.element_ty), there)
         if not ALONE:
             slot = words + ((t + 1) % 2) * B * H
@@ -248,6 +249,6 @@ def backward(ctx: LaunchContext, residuals: Residuals, grad_y: Tensor, grad_h: T
     d_mdi = torch.cat([gradient_of_weights(ctx, of_g, within(z, lengths), w_mdi), d_weight[width:].to(w_mdi.dtype)], 1)
     d_bias = d_gates.sum((0, 1), dtype=torch.float32)
     return (
-        d_z.add_(multiply(ctx, of_g, of_z)).to(z.dtype), d_gamma, d_h.to(h0.dtype),
+        within(d_z.add_(multiply(ctx, of_g, of_z)).to(z.dtype), lengths), d_gamma, d_h.to(h0.dtype),
         d_weight[:width].to(w_gate.dtype), d_bias[:width].to(b_gate.dtype), d_mdi, d_bias[width:].to(b_mdi.dtype),
     )  # fmt: skip

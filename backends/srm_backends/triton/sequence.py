@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from srm_backends.triton.common import dot
 from srm_backends.triton.launch import INTERPRETED, Config, blocks, launch, multiprocessors, power_of_2
 from srm_core.context import LaunchContext
 
@@ -113,9 +114,9 @@ def times(values, held, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.con
     """(ROWS, columns): values (ROWS, BLOCK_K) on chip times weights that are held."""
     if SPLIT > 1:
         parts = tl.permute(tl.reshape(values, (ROWS, SPLIT, BLOCK_K // SPLIT)), (1, 0, 2))
-        found = tl.sum(tl.dot(parts, held, input_precision=PRECISION), 0)
+        found = tl.sum(dot(parts, held, PRECISION), 0)
     else:
-        found = tl.dot(values, held, input_precision=PRECISION)
+        found = dot(values, held, PRECISION)
     return found
 
 
@@ -132,11 +133,11 @@ def told(
             part = tl.arange(0, SPLIT)[:, None, None] * (BLOCK_K // SPLIT)
             k = part + tl.arange(0, BLOCK_K // SPLIT)[None, None, :]
             at, inside = base + row[None, :, None] * K + k, (row < rows)[None, :, None] & (k < K)
-            found = tl.sum(tl.dot(receive(at, inside, step, DTYPE, WAIT), held, input_precision=PRECISION), 0)
+            found = tl.sum(dot(receive(at, inside, step, DTYPE, WAIT), held, PRECISION), 0)
         else:
             k = tl.arange(0, BLOCK_K)[None, :]
             at, inside = base + row[:, None] * K + k, (row < rows)[:, None] & (k < K)
-            found = tl.dot(receive(at, inside, step, DTYPE, WAIT), held, input_precision=PRECISION)
+            found = dot(receive(at, inside, step, DTYPE, WAIT), held, PRECISION)
     else:
         found = tl.zeros((ROWS, column.shape[0]), tl.float32)
         for start in range(0, K, BLOCK_K):
@@ -144,7 +145,7 @@ def told(
             at, inside = base + row[:, None] * K + k[None, :], (row < rows)[:, None] & (k < K)[None, :]
             tile = hold(weight, k, column, there, stride_k, stride_n, K, BLOCK_K, 1)
             values = receive(at, inside, step, DTYPE, WAIT)
-            found = tl.dot(values, tile, found, input_precision=PRECISION)
+            found = dot(values, tile, PRECISION, found)
     return found
 
 
@@ -266,7 +267,7 @@ def dense(*vectors: Tensor | None) -> list[Tensor | None]:
 
 
 def within(values: Tensor, lengths: Tensor | None) -> Tensor:
-    """Values (B, T, C), and 0 past a length, whatever stands there."""
+    """Values (B, T, C), and 0 past a length, whatever stands there: 0 times what is not finite is not 0."""
     if lengths is None:
         return values
     steps = torch.arange(values.shape[1], device=values.device)
