@@ -172,8 +172,7 @@ def compiled(kernel: Any, tensors: Any, scalars: Any, config: Any, architecture:
             if value % 16 == 0 and i >= len(tensors) + len(scalars):
                 attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=config.compiled_with)
 
 
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
@@ -190,10 +189,15 @@ def resources(cubin: bytes, path: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize(("architecture", "dtype"), COMPILED)
 def test_each_kernel_compiles_within_its_budget(architecture: int, dtype: str, tmp_path: Path) -> None:
-    budget = json.loads(BUDGET.read_text())[f"sm_{architecture}"]
-    over = {}
+    import triton
+
+    recorded = json.loads(BUDGET.read_text())
+    budget, over = recorded[f"sm_{architecture}"], {}
     for name, what in launches(dtype, architecture).items():
-        used = resources(compiled(*what, architecture).asm["cubin"], tmp_path / "kernel.cubin")
+        binary = compiled(*what, architecture).asm["cubin"]
+        if triton.__version__ != recorded["triton"]:
+            continue  # another version is held to compile them, and no more
+        used = resources(binary, tmp_path / "kernel.cubin")
         if used["registers"] > budget[name]["registers"] + 8 or used["stack"] > budget[name]["stack"] + 64:
             over[name] = used
     assert not over
@@ -239,7 +243,9 @@ def test_reads_and_writes_are_of_16_bytes_where_memory_is_dense() -> None:
 if __name__ == "__main__":
     import tempfile
 
-    budget: dict[str, dict[str, dict[str, int]]] = {}
+    import triton
+
+    budget: dict[str, Any] = {"triton": triton.__version__}
     with tempfile.TemporaryDirectory() as folder:
         for a, d in COMPILED:
             found = {n: resources(compiled(*w, a).asm["cubin"], Path(folder, "k")) for n, w in launches(d, a).items()}

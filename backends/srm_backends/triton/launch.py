@@ -42,6 +42,13 @@ class Config:
     num_stages: int = 3
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def compiled_with(self) -> dict[str, Any]:
+        """Triton's options. Products and sums are fused, whatever its default is."""
+        return {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True, **self.options,
+        }  # fmt: skip
+
 
 def launch(
     ctx: LaunchContext, kernel: Any, key: Hashable, tensors: tuple[Tensor | None, ...],
@@ -93,12 +100,10 @@ def _launch(
 
 
 def _first(kernel: Any, config: Config, tensors: tuple[Tensor | None, ...], scalars: tuple[Any, ...]) -> Any:
-    """Compile, or find in Triton's cache, and run. Products and sums are fused, whatever Triton's default is."""
+    """Compile, or find in Triton's cache, and run."""
     try:
-        return kernel[config.grid](
-            *tensors, *scalars, *config.sizes, *config.constants,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **config.options,
-        )  # fmt: skip
+        values = *tensors, *scalars, *config.sizes, *config.constants
+        return kernel[config.grid](*values, **config.compiled_with)
     except Exception as error:
         names = kernel.arg_names[len(kernel.arg_names) - len(config.constants) :]
         constants = ", ".join(f"{n}={c}" for n, c in zip(names, config.constants, strict=True))
