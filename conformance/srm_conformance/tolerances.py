@@ -431,8 +431,8 @@ def _measures(got: Array, truth: Array, dtype: str, gradient: float | None, left
 
     A row of a gradient may be a difference of equals: attention's, of a step with one slot. float32 arithmetic leaves
     eps of float32 of what cancelled, where the truth is 0. So a row of zeros in a gradient is measured beside the
-    largest element, and any row of a gradient of a half type is taken to be large enough, beside that one, for this to
-    be eps of its own type. A gradient that is 0 throughout is measured by the gradients of the outputs. Zeros are what
+    largest element, and in a half type any row is taken to be large enough, beside that one, for this to be eps of its
+    own type. A gradient that is 0 throughout is measured by the gradients of the outputs. Zeros are what
     the truth's own rounding may leave, too: of the query's gradient, where there is one slot.
     """
     floor = max(left, float(finfo(dtype).smallest_normal))
@@ -443,8 +443,10 @@ def _measures(got: Array, truth: Array, dtype: str, gradient: float | None, left
         if zero.all():
             floor = max(floor, gradient)
         largest = float(np.abs(within).max(initial=0, where=np.isfinite(within)))
-        of_rows = largest * eps_of("float32") / eps_of(dtype) if dtype in HALF else 0
-        least = np.maximum(floor, np.where(zero.all(-1, keepdims=True), largest, of_rows))
+        if dtype in HALF:
+            least = max(floor, largest * eps_of("float32") / eps_of(dtype))
+        else:
+            least = np.maximum(floor, np.where(zero.all(-1, keepdims=True), largest, 0))
     return frobenius_error(got, within, floor), row_error(got, within, least), peak_error(got, within, floor)
 
 
