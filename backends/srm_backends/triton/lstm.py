@@ -26,6 +26,7 @@ from srm_backends.triton.sequence import (
     four_together,
     hold,
     new_words,
+    place,
     plan,
     run,
     times,
@@ -67,21 +68,13 @@ def lstm_forward(
     """Steps first ... last - 1. given (B, T, 4H): the products of x. h_state, c_state (B, H): the state, in float32,
     read and written. y (B, T, H). With KEEP states and cells (B, T, H) are those before each step."""
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    unit, tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    row = (row0 + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    n = unit * UNITS + tl.arange(0, UNITS)
-    of_n, of_row = n < H, row < B
-    there = of_row[:, None] & of_n[None, :]
-    at = row[:, None] * H + n[None, :]
+    row, n, of_n, there, at, length = place(lengths, row0, tiles, B, T, H, ROWS, UNITS)
     h = tl.load(h_state + at, there, other=0)
     c = tl.load(c_state + at, there, other=0)
-    length = row * 0 + T
-    if lengths is not None:
-        length = tl.load(lengths + row, of_row, other=0)
     bias_i, bias_f = _bias(b_ih, b_hh, 0, n, H, of_n), _bias(b_ih, b_hh, 1, n, H, of_n)
     bias_g, bias_o = _bias(b_ih, b_hh, 2, n, H, of_n), _bias(b_ih, b_hh, 3, n, H, of_n)
     gate, channel = column_of(4 * UNITS, 4)
-    channel += unit * UNITS
+    channel += tl.program_id(0) % tiles * UNITS
     column, of_column = gate * H + channel, channel < H
     held = 0
     if HELD:
@@ -136,17 +129,9 @@ def lstm_backward(
     """Steps T - 1 - first, ... down to T - last. products (B, T, 4H): of x and h together. d_h_state, d_c_state (B, H):
     the gradients of the state, read and written. d_gates (B, T, 4H): before the sigmoids and tanh."""
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    unit, tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    row = (row0 + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    n = unit * UNITS + tl.arange(0, UNITS)
-    of_n, of_row = n < H, row < B
-    there = of_row[:, None] & of_n[None, :]
-    at = row[:, None] * H + n[None, :]
+    row, n, of_n, there, at, length = place(lengths, row0, tiles, B, T, H, ROWS, UNITS)
     d_h = tl.load(d_h_state + at, there, other=0)
     d_c = tl.load(d_c_state + at, there, other=0)
-    length = row * 0 + T
-    if lengths is not None:
-        length = tl.load(lengths + row, of_row, other=0)
     bias_i, bias_f = _bias(b_ih, b_hh, 0, n, H, of_n), _bias(b_ih, b_hh, 1, n, H, of_n)
     bias_g, bias_o = _bias(b_ih, b_hh, 2, n, H, of_n), _bias(b_ih, b_hh, 3, n, H, of_n)
     held = 0

@@ -23,6 +23,7 @@ from srm_backends.triton.sequence import (
     first_state,
     hold,
     new_words,
+    place,
     plan,
     run,
     times,
@@ -56,20 +57,12 @@ def mdi_recurrence_forward(
     """Steps first ... last - 1. of_z (B, T, H): the products of z. h_state (B, H): the state, in float32, read and
     written. y (B, T, H). With KEEP states (B, T, H) are those before each step."""
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    unit, tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    row = (row0 + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    n = unit * UNITS + tl.arange(0, UNITS)
-    of_n, of_row = n < H, row < B
-    there = of_row[:, None] & of_n[None, :]
-    at = row[:, None] * H + n[None, :]
+    row, n, of_n, there, at, length = place(lengths, row0, tiles, B, T, H, ROWS, UNITS)
     h = tl.load(h_state + at, there, other=0)
-    length = row * 0 + T
-    if lengths is not None:
-        length = tl.load(lengths + row, of_row, other=0)
     bias_u = tl.load(b_gate + n, of_n, other=0).to(tl.float32)[None, :]
     bias_g = tl.load(b_mdi + n, of_n, other=0).to(tl.float32)[None, :]
     gate, channel = column_of(2 * UNITS, 2)
-    channel += unit * UNITS
+    channel += tl.program_id(0) % tiles * UNITS
     column, of_column = gate * H + channel, channel < H
     held = 0
     if HELD:
@@ -130,16 +123,8 @@ def mdi_recurrence_backward(
     of u and g before their sigmoids."""
     DTYPE: tl.constexpr = weight.dtype.element_ty
     WIDE: tl.constexpr = DTYPE == tl.float32
-    unit, tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    row = (row0 + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    n = unit * UNITS + tl.arange(0, UNITS)
-    of_n, of_row = n < H, row < B
-    there = of_row[:, None] & of_n[None, :]
-    at = row[:, None] * H + n[None, :]
+    row, n, of_n, there, at, length = place(lengths, row0, tiles, B, T, H, ROWS, UNITS)
     d_h = tl.load(d_h_state + at, there, other=0)
-    length = row * 0 + T
-    if lengths is not None:
-        length = tl.load(lengths + row, of_row, other=0)
     bias_u = tl.load(b_gate + n, of_n, other=0).to(tl.float32)[None, :]
     bias_g = tl.load(b_mdi + n, of_n, other=0).to(tl.float32)[None, :]
     held = 0

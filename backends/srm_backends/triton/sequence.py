@@ -57,6 +57,19 @@ def receive(words, inside, step, DTYPE: tl.constexpr, WAIT: tl.constexpr):
 
 
 @triton.jit
+def place(lengths, row0, tiles, B, T, H, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """What a program has of a loop: (its sequences (ROWS,), its channels (UNITS,), is a channel one, is an element of
+    (ROWS, UNITS) one, where that stands in (B, H), the sequences' lengths)."""
+    unit, tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    row = (row0 + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    n = unit * UNITS + tl.arange(0, UNITS)
+    length = row * 0 + T
+    if lengths is not None:
+        length = tl.load(lengths + row, row < B, other=0)
+    return row, n, n < H, (row < B)[:, None] & (n < H)[None, :], row[:, None] * H + n[None, :], length
+
+
+@triton.jit
 def column_of(BLOCK: tl.constexpr, GATES: tl.constexpr):
     """(gate, unit) of the columns of a tile with all gates of its units, such that `apart` finds both halves of a pair
     in one thread: 4 gates as [gate // 2, unit, gate % 2], 2 as [gate, unit]."""
