@@ -68,7 +68,7 @@ def lstm_forward(
     """Steps first ... last - 1. given (B, T, 4H): the products of x. h_state, c_state (B, H): the state, in float32,
     read and written. y (B, T, H). With KEEP states and cells (B, T, H) are those before each step."""
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    row, n, of_n, there, at, length = place(lengths, row0, tiles, B, T, H, ROWS, UNITS)
+    row, n, of_n, there, at, length = place(tl.program_id(0), lengths, row0, tiles, B, T, H, ROWS, UNITS)
     h = tl.load(h_state + at, there, other=0)
     c = tl.load(c_state + at, there, other=0)
     bias_i, bias_f = _bias(b_ih, b_hh, 0, n, H, of_n), _bias(b_ih, b_hh, 1, n, H, of_n)
@@ -129,7 +129,7 @@ def lstm_backward(
     """Steps T - 1 - first, ... down to T - last. products (B, T, 4H): of x and h together. d_h_state, d_c_state (B, H):
     the gradients of the state, read and written. d_gates (B, T, 4H): before the sigmoids and tanh."""
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    row, n, of_n, there, at, length = place(lengths, row0, tiles, B, T, H, ROWS, UNITS)
+    row, n, of_n, there, at, length = place(tl.program_id(0), lengths, row0, tiles, B, T, H, ROWS, UNITS)
     d_h = tl.load(d_h_state + at, there, other=0)
     d_c = tl.load(d_c_state + at, there, other=0)
     bias_i, bias_f = _bias(b_ih, b_hh, 0, n, H, of_n), _bias(b_ih, b_hh, 1, n, H, of_n)

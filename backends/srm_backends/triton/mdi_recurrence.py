@@ -57,7 +57,7 @@ def mdi_recurrence_forward(
     """Steps first ... last - 1. of_z (B, T, H): the products of z. h_state (B, H): the state, in float32, read and
     written. y (B, T, H). With KEEP states (B, T, H) are those before each step."""
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    row, n, of_n, there, at, length = place(lengths, row0, tiles, B, T, H, ROWS, UNITS)
+    row, n, of_n, there, at, length = place(tl.program_id(0), lengths, row0, tiles, B, T, H, ROWS, UNITS)
     h = tl.load(h_state + at, there, other=0)
     bias_u = tl.load(b_gate + n, of_n, other=0).to(tl.float32)[None, :]
     bias_g = tl.load(b_mdi + n, of_n, other=0).to(tl.float32)[None, :]
@@ -123,7 +123,7 @@ def mdi_recurrence_backward(
     of u and g before their sigmoids."""
     DTYPE: tl.constexpr = weight.dtype.element_ty
     WIDE: tl.constexpr = DTYPE == tl.float32
-    row, n, of_n, there, at, length = place(lengths, row0, tiles, B, T, H, ROWS, UNITS)
+    row, n, of_n, there, at, length = place(tl.program_id(0), lengths, row0, tiles, B, T, H, ROWS, UNITS)
     d_h = tl.load(d_h_state + at, there, other=0)
     bias_u = tl.load(b_gate + n, of_n, other=0).to(tl.float32)[None, :]
     bias_g = tl.load(b_mdi + n, of_n, other=0).to(tl.float32)[None, :]

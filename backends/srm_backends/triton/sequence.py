@@ -57,10 +57,10 @@ def receive(words, inside, step, DTYPE: tl.constexpr, WAIT: tl.constexpr):
 
 
 @triton.jit
-def place(lengths, row0, tiles, B, T, H, ROWS: tl.constexpr, UNITS: tl.constexpr):
-    """What a program has of a loop: (its sequences (ROWS,), its channels (UNITS,), is a channel one, is an element of
-    (ROWS, UNITS) one, where that stands in (B, H), the sequences' lengths)."""
-    unit, tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+def place(program, lengths, row0, tiles, B, T, H, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """What a program, by its number, has of a loop: (its sequences (ROWS,), its channels (UNITS,), is a channel one, is
+    an element of (ROWS, UNITS) one, where that stands in (B, H), the sequences' lengths)."""
+    unit, tile = program % tiles, program // tiles
     row = (row0 + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     n = unit * UNITS + tl.arange(0, UNITS)
     length = row * 0 + T
