@@ -134,7 +134,7 @@ def forward_train(
     def join() -> Config:
         return Config((blocks(out, 16),), (way.tiles, pixels, out), (eps, 128, 16))
 
-    launch(ctx, join_statistics, eps, (means, spreads, counts, bias, mean, var, centre, rate), join)
+    launch(ctx, join_statistics, (eps, way.tiles), (means, spreads, counts, bias, mean, var, centre, rate), join)
     over_tiles(ctx, normalise, (c, y, centre, rate, gamma, beta), c, y, relu=activation is not None)
     for name, array in (("convolution", c), ("mean", centre), ("rate", rate)):
         ctx.keep(name, array)

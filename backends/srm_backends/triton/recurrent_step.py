@@ -268,4 +268,4 @@ def sum_positions(
         )
 
     if length:
-        launch(ctx, gather_positions, None, (parts, start, d_weight, d_bias), configure, (value,))
+        launch(ctx, gather_positions, batch, (parts, start, d_weight, d_bias), configure, (value,))
