@@ -19,11 +19,12 @@ from srm_backends.triton.common import sigmoid, state_dtype, tanh
 from srm_backends.triton.products import gradient_of_weights, multiply
 from srm_backends.triton.sequence import (
     begin,
-    column_of,
+    columns_of,
     dense,
     first_state,
     four_apart,
     four_together,
+    held_order,
     hold,
     new_words,
     place,
@@ -73,9 +74,7 @@ def lstm_forward(
     c = tl.load(c_state + at, there, other=0)
     bias_i, bias_f = _bias(b_ih, b_hh, 0, n, H, of_n), _bias(b_ih, b_hh, 1, n, H, of_n)
     bias_g, bias_o = _bias(b_ih, b_hh, 2, n, H, of_n), _bias(b_ih, b_hh, 3, n, H, of_n)
-    gate, channel = column_of(4 * UNITS, 4)
-    channel += tl.program_id(0) % tiles * UNITS
-    column, of_column = gate * H + channel, channel < H
+    column, of_column = columns_of(tl.program_id(0) % tiles, H, 4 * UNITS, 4, SPLIT == 0)
     held = 0
     if HELD:
         held = hold(weight, tl.arange(0, BLOCK_K), column, of_column, wk, wn, H, BLOCK_K, SPLIT)
@@ -91,7 +90,7 @@ def lstm_forward(
                 words, row, B, t, held, weight, column, of_column, wk, wn, H,
                 ROWS, BLOCK_K, SPLIT, HELD, TOGETHER, PRECISION,
             )  # fmt: skip
-        of_i, of_f, of_g, of_o = four_apart(sums, ROWS, UNITS)
+        of_i, of_f, of_g, of_o = four_apart(sums, ROWS, UNITS, SPLIT == 0)
         running = (t < length)[:, None]
         if KEEP:
             tl.store(states + step, tl.where(running, h, 0).to(states.dtype.element_ty), there)
@@ -137,8 +136,8 @@ def lstm_backward(
     held = 0
     if HELD:
         if ALONE:
-            gate, channel = column_of(BLOCK_K, 4)
-            depth = tl.where(channel < H, gate * H + channel, 4 * H)
+            depth, of_depth = columns_of(0, H, BLOCK_K, 4, False)
+            depth = tl.where(of_depth, depth, 4 * H)
         else:
             depth = tl.arange(0, BLOCK_K)
         held = hold(weight, depth, n, of_n, wn, wk, 4 * H, BLOCK_K, SPLIT)
@@ -210,8 +209,9 @@ def forward(
         how = plan(ctx, batch, width, 4, w_hh.dtype, False)
         words = new_words(ctx, how, (batch, width), w_hh.dtype)
         begin(ctx, words, h, w_hh)
-        tensors = (given, w_hh, *dense(b_ih, b_hh, lengths), words, h, c, y, states, cells)
-        strides = w_hh.stride()
+        weight = held_order(how, w_hh, 4)
+        tensors = (given, weight, *dense(b_ih, b_hh, lengths), words, h, c, y, states, cells)
+        strides = weight.stride()
         run(ctx, lstm_forward, how, strides, tensors, batch, steps, width, strides, (states is not None,))
     return y, h.to(state_dtype(h0, x)), c.to(state_dtype(c0, x))
 

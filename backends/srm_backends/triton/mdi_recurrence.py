@@ -18,9 +18,10 @@ from srm_backends.triton.common import sigmoid
 from srm_backends.triton.products import gradient_of_weights, multiply
 from srm_backends.triton.sequence import (
     begin,
-    column_of,
+    columns_of,
     dense,
     first_state,
+    held_order,
     hold,
     new_words,
     place,
@@ -61,9 +62,7 @@ def mdi_recurrence_forward(
     h = tl.load(h_state + at, there, other=0)
     bias_u = tl.load(b_gate + n, of_n, other=0).to(tl.float32)[None, :]
     bias_g = tl.load(b_mdi + n, of_n, other=0).to(tl.float32)[None, :]
-    gate, channel = column_of(2 * UNITS, 2)
-    channel += tl.program_id(0) % tiles * UNITS
-    column, of_column = gate * H + channel, channel < H
+    column, of_column = columns_of(tl.program_id(0) % tiles, H, 2 * UNITS, 2, SPLIT == 0)
     held = 0
     if HELD:
         held = hold(weight, tl.arange(0, BLOCK_K), column, of_column, wk, wn, H, BLOCK_K, SPLIT)
@@ -85,7 +84,7 @@ def mdi_recurrence_forward(
                 words, row, B, t, held, weight, column, of_column, wk, wn, H,
                 ROWS, BLOCK_K, SPLIT, HELD, TOGETHER, PRECISION,
             )  # fmt: skip
-        of_u, of_g = two_apart(sums, ROWS, UNITS)
+        of_u, of_g = two_apart(sums, ROWS, UNITS, SPLIT == 0)
         u, g = sigmoid(of_u + bias_u), sigmoid(g + of_g + bias_g)
         if KEEP:
             tl.store(states + step, tl.where(running, h, 0).to(states.dtype.element_ty), there)
@@ -130,8 +129,8 @@ def mdi_recurrence_backward(
     held = 0
     if HELD:
         if ALONE:
-            gate, channel = column_of(BLOCK_K, 2)
-            depth = tl.where(channel < H, gate * H + channel, 2 * H)
+            depth, of_depth = columns_of(0, H, BLOCK_K, 2, False)
+            depth = tl.where(of_depth, depth, 2 * H)
         else:
             depth = tl.arange(0, BLOCK_K)
         held = hold(weight, depth, n, of_n, wn, wk, 2 * H, BLOCK_K, SPLIT)
@@ -202,6 +201,7 @@ def forward(
     if y.numel():
         weight, of_z = _weights(w_gate, w_mdi)
         how = plan(ctx, batch, width, 2, weight.dtype, False)
+        weight = held_order(how, weight, 2)
         words = new_words(ctx, how, h.shape, weight.dtype)
         begin(ctx, words, h, weight)
         tensors = (z, gamma, multiply(ctx, z, of_z.T), weight, *dense(b_gate, b_mdi, lengths), words, h, y, states)

@@ -38,7 +38,7 @@ def _row(tile, at, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _last_rows(tile, ROWS: tl.constexpr):
+def last_rows(tile, ROWS: tl.constexpr):
     """Of a tile (chunks, ROWS, channels) the last row, (chunks, channels)."""
     return tl.sum(tl.where((tl.arange(0, ROWS) == ROWS - 1)[None, :, None], tile, 0), 1)
 
@@ -47,30 +47,32 @@ def _last_rows(tile, ROWS: tl.constexpr):
 def join(g, x, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
     """What the steps of a tile make of the state that comes in, step c * ROWS + r at [c, r].
 
-    Returns (factor, end) of the tile, (1, channels), and for `states` (factors, ends) within chunks, (chunks, rows,
-    channels), and before them, (chunks, channels). As Triton lays such a tile out, lanes and warps share its channels
-    and chunks and each has all rows of its own: only the chunks' ends have to be passed between threads.
+    Returns (factor, end) of the tile, (1, channels), and (factors, ends) before each chunk, (chunks, channels). As
+    Triton lays such a tile out, lanes and warps share its channels and chunks and each has all rows of its own: only
+    the chunks' ends have to be passed between threads.
     """
     g, x = tl.associative_scan((g, x), 1, _combine)
-    of_g, of_x = _last_rows(g, ROWS), _last_rows(x, ROWS)
+    of_g, of_x = last_rows(g, ROWS), last_rows(x, ROWS)
     one, zero = tl.full(of_g.shape, 1, of_g.dtype), tl.zeros(of_x.shape, tl.float32)
     of_g, of_x, before_g, before_x = tl.associative_scan((of_g, of_x, one, zero), 0, _combine_before)
-    return _row(of_g, CHUNKS - 1, CHUNKS), _row(of_x, CHUNKS - 1, CHUNKS), g, x, before_g, before_x
-
-
-@triton.jit
-def states(g, x, before_g, before_x, state):
-    """The states of a tile's steps, from that which comes in, (1, channels)."""
-    return x + g.to(tl.float32) * (before_x + before_g.to(tl.float32) * state)[:, None, :]
+    return _row(of_g, CHUNKS - 1, CHUNKS), _row(of_x, CHUNKS - 1, CHUNKS), before_g, before_x
 
 
 @triton.jit
 def in_order(g, x, state, ROWS: tl.constexpr):
-    """(the states of a tile of one chunk, the last one), made in the order of the plain loop."""
+    """The states of the steps of chunks from those that come into each, (chunks, channels): in the order of the plain
+    loop, and from the gates and tokens themselves, so that nothing else of a tile is kept while a state is awaited."""
     r = tl.arange(0, ROWS)[None, :, None]
-    x = tl.where(r == 0, g.to(tl.float32) * state[:, None, :] + x, x)
+    g = g.to(tl.float32)
+    x = tl.where(r == 0, g * state[:, None, :] + x, x)
     _, x = tl.associative_scan((g, x), 1, _combine)
-    return x, _last_rows(x, ROWS)
+    return x
+
+
+@triton.jit
+def states(g, x, before_g, before_x, state, ROWS: tl.constexpr):
+    """The states of a tile's steps, from that which comes in, (1, channels)."""
+    return in_order(g, x, before_x + before_g.to(tl.float32) * state, ROWS)
 
 
 @triton.jit
@@ -92,11 +94,17 @@ def value(words):
 
 
 @triton.jit
-def await_words(words, inside):
-    """Words (rows, channels), as soon as none of them is empty."""
-    found = tl.load(words, inside, other=0x100000000, volatile=True)
+def read_words(words, inside):
+    """Words (rows, channels) as they are now. They must be as many as there are threads: of threads that read the same
+    word, each for itself and not at the same time, only one is asked what it saw."""
+    return tl.load(words, inside, other=0x100000000, volatile=True)
+
+
+@triton.jit
+def await_words(found, words, inside):
+    """The words that `found` was read from, as soon as none of them is empty."""
     while tl.min(tl.min(found >> 32, 1), 0) == EMPTY:
-        found = tl.load(words, inside, other=0x100000000, volatile=True)
+        found = read_words(words, inside)
     return found
 
 
@@ -111,11 +119,22 @@ def incoming(factors, ends, lasts, k, stride, first, inside, GROUP: tl.constexpr
     r = tl.arange(0, GROUP)[:, None]
     there = (start + r < k) & inside
     at = (start + r).to(tl.int64) * stride
-    gs = await_words(factors + at, there)
-    xs = await_words(ends + at, there)
+    # All are on their way at once. The state is one row, which is read as the first of a group.
+    state_at = lasts + (start - 1).to(tl.int64) * stride + tl.zeros((GROUP, 1), tl.int64)
+    state_there = (start > 0) & (r == 0) & inside
+    gs, xs = read_words(factors + at, there), read_words(ends + at, there)
+    state = read_words(state_at, state_there)
+    gs, xs = await_words(gs, factors + at, there), await_words(xs, ends + at, there)
     bad = tl.max(tl.max(tl.maximum(gs >> 32, xs >> 32), 1), 0) == BROKEN
     g, x = tl.associative_scan((tl.where(there, value(gs), 1), tl.where(there, value(xs), 0)), 0, _combine)
-    before = first
-    if start > 0:
-        before = value(await_words(lasts + (start - 1).to(tl.int64) * stride, inside))
-    return _row(x, GROUP - 1, GROUP) + _row(g, GROUP - 1, GROUP) * before, bad.to(tl.int32)
+    g, x = _row(g, GROUP - 1, GROUP), _row(x, GROUP - 1, GROUP)
+    before = tl.where(start > 0, _row(value(await_words(state, state_at, state_there)), 0, GROUP), first)
+    return x + g * before, bad.to(tl.int32)
+
+
+@triton.jit
+def state_of(lasts, inside, GROUP: tl.constexpr):
+    """The last state of a tile, (1, channels), as soon as it is known."""
+    at = lasts + tl.zeros((GROUP, 1), tl.int64)
+    there = (tl.arange(0, GROUP)[:, None] == 0) & inside
+    return _row(value(await_words(read_words(at, there), at, there)), 0, GROUP)

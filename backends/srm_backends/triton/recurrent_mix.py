@@ -110,8 +110,8 @@ def mix_forward(
         g, token, w_out, of_b = _forward_steps(
             x0, weight, bias, n, j, position, length, d, row, inside, L, xt, wl, bl
         )  # fmt: skip
-        factor, end, g, token, before_g, before_x = join(g, token, ROWS, CHUNKS)
-        out = states(g, token, before_g, before_x, state)
+        factor, end, before_g, before_x = join(g, token, ROWS, CHUNKS)
+        out = states(g, token, before_g, before_x, state, ROWS)
         state = end + factor.to(tl.float32) * state
         _forward_store(out, w_out, of_b, y + to, past + to, n, j, length, inside, T, yt, KEEP)
     if broken(state):
@@ -188,8 +188,8 @@ def mix_backward(
         g, dy, token, w_in, t = _backward_steps(
             g0, weight, n, j, position, length, d, row, inside, T, L, gt, wl
         )  # fmt: skip
-        factor, end, g, token, before_g, before_x = join(g, token, ROWS, CHUNKS)
-        a = states(g, token, before_g, before_x, state)
+        factor, end, before_g, before_x = join(g, token, ROWS, CHUNKS)
+        a = states(g, token, before_g, before_x, state, ROWS)
         state = end + factor.to(tl.float32) * state
         of_d += _backward_store(
             a, dy, w_in, t, x0, d_x + to, past + to, first, to_w, to_b, row, inside, length, xt, yt, H

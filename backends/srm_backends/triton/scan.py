@@ -22,13 +22,12 @@ from torch import Tensor
 from srm_backends.triton.autotune import BYTES, Question, choose
 from srm_backends.triton.common import state_dtype
 from srm_backends.triton.launch import Config, blocks, launch, power_of_2
-from srm_backends.triton.recurrence import await_words, broken, in_order, incoming, join, publish, states, value
+from srm_backends.triton.recurrence import broken, in_order, incoming, join, last_rows, publish, state_of, states
 from srm_core.context import LaunchContext, Residuals
 
 FULL, STEPWISE, CONSTANT = 0, 1, 2  # gates (B, T, D); (B, T, 1); constant in time
 MANY = 120  # programs that each go through all steps: nearly one for each multiprocessor
 LONG = 2048  # steps
-GROUP = 16  # tiles that find their incoming state together
 
 
 @triton.jit
@@ -235,10 +234,11 @@ def scan_tiles(
     for n in tl.range(0, T, ROWS * CHUNKS, num_stages=STAGES):
         g, x = _load(of, n, j, inside, T, length, GATES, TOKENS, LENGTHS, DOWN, BACK)
         if CHUNKS == 1:
-            out, state = in_order(g, x, state, ROWS)
+            out = in_order(g, x, state, ROWS)
+            state = last_rows(out, ROWS)
         else:
-            factor, end, g, x, before_g, before_x = join(g, x, ROWS, CHUNKS)
-            out = states(g, x, before_g, before_x, state)
+            factor, end, before_g, before_x = join(g, x, ROWS, CHUNKS)
+            out = states(g, x, before_g, before_x, state, ROWS)
             state = end + factor.to(tl.float32) * state
         constant += _store(to, out, first, n, j, inside, T, length, GATES, KEEP, LENGTHS, DOWN, BACK)
     if CHUNKS > 1 and broken(state):
@@ -292,7 +292,7 @@ def scan_chained(
         gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DOWN, BACK, CHANNELS, WIDE,
     )  # fmt: skip
     g, x = _load(of, n, j, inside, T, length, GATES, TOKENS, LENGTHS, DOWN, BACK)
-    factor, end, g, x, before_g, before_x = join(g, x, ROWS, CHUNKS)
+    factor, end, before_g, before_x = join(g, x, ROWS, CHUNKS)
     factor = factor.to(tl.float32)
     bad = tl.maximum(broken(factor), broken(end))
     publish(factors + mine, factor, 1 + bad, d < D)
@@ -302,12 +302,12 @@ def scan_chained(
     bad = tl.maximum(tl.maximum(bad, others), broken(after))
     if bad == 0:
         publish(lasts + mine, after, 1, d < D)
-        out = states(g, x, before_g, before_x, state)
+        out = states(g, x, before_g, before_x, state, ROWS)
         constant = _store(to, out, first, n, j, inside, T, length, GATES, KEEP, LENGTHS, DOWN, BACK)
     else:
         state = start
         if k > 0:
-            state = value(await_words(lasts + mine - stride, d < D))
+            state = state_of(lasts + mine - stride, d < D, GROUP)
         of_one, to_one = _place(
             gates, tokens, past, y, d_gates, tl.zeros((1, 1, 1), tl.int32), b, block, c[None, :, :], share, T,
             gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DOWN, BACK, CHANNELS, WIDE,
@@ -325,7 +325,7 @@ def scan_chained(
 
 class Plan(NamedTuple):
     """How a run is cut. chained: a program for each tile, else one for all tiles of its channels. A tile's steps are
-    rows * chunks: rows within a thread."""
+    rows * chunks: rows within a thread. group: tiles that find their incoming state together."""
 
     chained: bool
     rows: int
@@ -333,6 +333,7 @@ class Plan(NamedTuple):
     channels: int
     num_warps: int
     stages: int = 2
+    group: int = 16
 
     @property
     def steps(self) -> int:
@@ -418,7 +419,7 @@ def run(
         if not cut.chained:
             return Config((chains,), sizes, (*what, cut.stages), cut.num_warps)
         stride = chains * cut.channels
-        return Config((chains * tiles,), (*sizes, chains, tiles, stride, stride * tiles), (*what, GROUP), cut.num_warps)
+        return Config((chains * tiles,), (*sizes, chains, tiles, stride, stride * tiles), (*what, cut.group), cut.num_warps)
 
     key = strides, down, back, states is None, cut
     if not cut.chained:

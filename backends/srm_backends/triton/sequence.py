@@ -25,6 +25,9 @@ from srm_core.context import LaunchContext
 ON_CHIP = 128 * 1024  # bytes of weights that a program holds in its registers
 ALONE = 32  # channels, up to which a program of its own needs less time than several that wait for each other
 AT_ONCE = 32768  # words that a program receives for a product with weights on chip
+AT_ONCE_BY_ROWS = tl.constexpr(4096)  # and for one by rows: as many registers as it has to spare
+WEIGHTS = 128  # that a thread holds then
+DEEPEST = 2048  # terms of a sum in a product by rows
 CHUNKS = 4  # launches among which the rows of a batch are shared at most, rather than one launch a step
 
 
@@ -42,7 +45,11 @@ def word(values, step, WIDE: tl.constexpr):
 
 @triton.jit
 def receive(words, inside, step, DTYPE: tl.constexpr, WAIT: tl.constexpr):
-    """The values of words of a step, as soon as all are there; 0 outside."""
+    """The values of words of a step, as soon as all are there; 0 outside.
+
+    They must be as many as there are threads: of threads that read the same word, each for itself and not at the same
+    time, only one is asked what it saw.
+    """
     WIDE: tl.constexpr = DTYPE == tl.float32
     found = tl.load(words, inside, other=0, volatile=True)
     if WAIT:
@@ -70,22 +77,35 @@ def place(program, lengths, row0, tiles, B, T, H, ROWS: tl.constexpr, UNITS: tl.
 
 
 @triton.jit
-def column_of(BLOCK: tl.constexpr, GATES: tl.constexpr):
-    """(gate, unit) of the columns of a tile with all gates of its units, such that `apart` finds both halves of a pair
-    in one thread: 4 gates as [gate // 2, unit, gate % 2], 2 as [gate, unit]."""
+def columns_of(block, H, BLOCK: tl.constexpr, GATES: tl.constexpr, BESIDE: tl.constexpr):
+    """(rows of the weights (GATES * H, K), are they any): the columns of a tile with all gates of its units.
+
+    They are ordered such that `apart` finds gates in one thread: BESIDE, which is also how they lie in memory then (see
+    `held_order`), as [unit, gate]; else, as matrix units leave pairs in a thread, 4 gates as [gate // 2, unit,
+    gate % 2] and 2 as [gate, unit].
+    """
+    UNITS: tl.constexpr = BLOCK // GATES
     column = tl.arange(0, BLOCK)
-    if GATES == 4:
-        gate = column // (BLOCK // 2) * 2 + column % 2
-        unit = column % (BLOCK // 2) // 2
+    if BESIDE:
+        row = block * BLOCK + column
+        there = row < GATES * H
     else:
-        gate, unit = column // (BLOCK // 2), column % (BLOCK // 2)
-    return gate, unit
+        if GATES == 4:
+            gate, unit = column // (2 * UNITS) * 2 + column % 2, column % (2 * UNITS) // 2
+        else:
+            gate, unit = column // UNITS, column % UNITS
+        row = gate * H + block * UNITS + unit
+        there = block * UNITS + unit < H
+    return row, there
 
 
 @triton.jit
-def four_apart(tile, ROWS: tl.constexpr, UNITS: tl.constexpr):
+def four_apart(tile, ROWS: tl.constexpr, UNITS: tl.constexpr, BESIDE: tl.constexpr):
     """The gates of (ROWS, 4 UNITS), each (ROWS, UNITS)."""
-    tile = tl.permute(tl.reshape(tile, (ROWS, 2, UNITS, 2)), (0, 2, 3, 1))
+    if BESIDE:
+        tile = tl.permute(tl.reshape(tile, (ROWS, UNITS, 2, 2)), (0, 1, 3, 2))
+    else:
+        tile = tl.permute(tl.reshape(tile, (ROWS, 2, UNITS, 2)), (0, 2, 3, 1))
     even, odd = tl.split(tile)
     first, second = tl.split(even)
     third, fourth = tl.split(odd)
@@ -99,8 +119,12 @@ def four_together(first, second, third, fourth, ROWS: tl.constexpr, UNITS: tl.co
 
 
 @triton.jit
-def two_apart(tile, ROWS: tl.constexpr, UNITS: tl.constexpr):
-    first, second = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, UNITS)), (0, 2, 1)))
+def two_apart(tile, ROWS: tl.constexpr, UNITS: tl.constexpr, BESIDE: tl.constexpr):
+    if BESIDE:
+        tile = tl.reshape(tile, (ROWS, UNITS, 2))
+    else:
+        tile = tl.permute(tl.reshape(tile, (ROWS, 2, UNITS)), (0, 2, 1))
+    first, second = tl.split(tile)
     return first, second
 
 
@@ -123,11 +147,25 @@ def hold(weight, depth, column, there, stride_k, stride_n, K, BLOCK_K: tl.conste
 
 
 @triton.jit
+def by_rows(found, values, held, first: tl.constexpr, PART: tl.constexpr):
+    """found (ROWS, columns), with PART rows from `first` on: values (PART, K) times weights (K, columns) in plain
+    arithmetic. A row is given to all threads, whose weights stay in their registers; tl.dot would pass those through
+    shared memory at every step."""
+    r, part = tl.arange(0, found.shape[0])[:, None], tl.arange(0, PART)[:, None]
+    for i in tl.static_range(PART):
+        row = tl.sum(tl.where(part == i, values, 0), 0)
+        found = tl.where(r == first + i, tl.sum(row[:, None] * held, 0)[None, :], found)
+    return found
+
+
+@triton.jit
 def times(values, held, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """(ROWS, columns): values (ROWS, BLOCK_K) on chip times weights that are held."""
     if SPLIT > 1:
         parts = tl.permute(tl.reshape(values, (ROWS, SPLIT, BLOCK_K // SPLIT)), (1, 0, 2))
         found = tl.sum(dot(parts, held, PRECISION), 0)
+    elif SPLIT == 0:
+        found = by_rows(tl.zeros((ROWS, held.shape[1]), tl.float32), values, held, 0, ROWS)
     else:
         found = dot(values, held, PRECISION)
     return found
@@ -147,6 +185,14 @@ def told(
             k = part + tl.arange(0, BLOCK_K // SPLIT)[None, None, :]
             at, inside = base + row[None, :, None] * K + k, (row < rows)[None, :, None] & (k < K)
             found = tl.sum(dot(receive(at, inside, step, DTYPE, WAIT), held, PRECISION), 0)
+        elif SPLIT == 0:
+            PART: tl.constexpr = min(ROWS, max(1, AT_ONCE_BY_ROWS // BLOCK_K))
+            found = tl.zeros((ROWS, held.shape[1]), tl.float32)
+            k = tl.arange(0, BLOCK_K)[None, :]
+            for first in tl.static_range(0, ROWS, PART):
+                some = (tl.min(row, 0) + first + tl.arange(0, PART))[:, None]
+                values = receive(base + some * K + k, (some < rows) & (k < K), step, DTYPE, WAIT)
+                found = by_rows(found, values, held, first, PART)
         else:
             k = tl.arange(0, BLOCK_K)[None, :]
             at, inside = base + row[:, None] * K + k, (row < rows)[:, None] & (k < K)
@@ -172,7 +218,8 @@ def tell_first(values, like, words, count, BLOCK: tl.constexpr):
 
 
 class Plan(NamedTuple):
-    """How a loop is shared among programs; together: do they wait for each other within a launch of `chunk` rows?"""
+    """How a loop is shared among programs. split: parts of the sum of a product, a warp each; 0: a product in plain
+    arithmetic, row by row. together: do programs wait for each other within a launch of `chunk` rows?"""
 
     rows: int
     units: int
@@ -190,21 +237,25 @@ def plan(ctx: LaunchContext, batch: int, width: int, gates: int, dtype: torch.dt
     on_matrix_units = dtype is not torch.float32 or ctx.precision == "tf32"
     block, most = power_of_2(width, 16, 1 << 30), multiprocessors(ctx)
     depth, unit = block * (gates if backward else 1), block * gates * dtype.itemsize
+    together = not INTERPRETED
+    if not on_matrix_units and width > ALONE and (found := _by_rows(batch, width, gates, backward, most)):
+        return found
     least = (8 if backward else 32 // gates) if on_matrix_units else 4
     choices = [(8, least), (8, 2 * least), (16, least), (16, 2 * least), (16, 4 * least)]
     if not on_matrix_units:
         choices = [(4, least << n) for n in range(4)]
-    together = not INTERPRETED
     # Small shares come first: what a program receives at each step is what it waits for most.
     for rows, units in choices:
         rows = min(rows, power_of_2(batch, 1, 16))
         if width <= ALONE or blocks(width, units) * blocks(batch, rows) > most:
             continue
         if units * unit > ON_CHIP or rows * depth > AT_ONCE:
-            return Plan(rows, units, min(depth, 256), 1, 8, False, False, together, batch)
+            block_k = min(depth, 256)
+            return Plan(rows, units, block_k, 1, min(8, rows * block_k // 32), False, False, together, batch)
         if on_matrix_units and not backward:  # as many warps as tiles of 8 columns: none has a part of a sum
-            return Plan(rows, units, depth, 1, units * gates // 8, True, False, together, batch)
-        warps = 8 if on_matrix_units or units * unit <= ON_CHIP // 8 else 4
+            warps = min(units * gates // 8, rows * depth // 32)
+            return Plan(rows, units, depth, 1, warps, True, False, together, batch)
+        warps = min(8 if on_matrix_units or units * unit <= ON_CHIP // 8 else 4, rows * depth // 32)
         return Plan(rows, units, depth, min(8, depth // 16), warps, True, False, together, batch)
     if block * unit <= ON_CHIP // (2 if backward else 1):
         rows, warps = (16 if on_matrix_units else 1), 8 if block >= 64 else 4
@@ -218,6 +269,35 @@ def plan(ctx: LaunchContext, batch: int, width: int, gates: int, dtype: torch.dt
         split, block_k = (min(8, depth // 16), depth) if held else (1, min(depth, 256))
         return Plan(rows, units, block_k, split, 8, held, False, together, room)
     return Plan(power_of_2(batch, 16, 64), 32, 64, 1, 4, False, False, False, batch)
+
+
+def _by_rows(batch: int, width: int, gates: int, backward: bool, most: int) -> Plan | None:
+    """With products row by row, on at most `most` multiprocessors: of as few rows as possible, as they come one after
+    the other, then of few channels."""
+    block = power_of_2(width, 16, 1 << 30)
+    depth, unit = block * (gates if backward else 1), block * gates * 4
+    least = ON_CHIP // (2 if backward else 4)  # bytes: with less, programs wait for each other more than they compute
+    shares = [n for n in (4, 8, 16, 32, 64, 128) if n <= block and least <= n * unit <= ON_CHIP]
+    if depth > DEEPEST or not (shares or block * unit <= least):
+        return None
+
+    def by(rows: int, units: int, chunk: int) -> Plan:
+        warps = power_of_2(units * unit // (4 * WEIGHTS * 32), 1, 8)
+        if units == block:
+            return Plan(rows, units, depth, 0, warps, True, True, False, batch)
+        part = min(rows, max(1, AT_ONCE_BY_ROWS.value // depth))
+        return Plan(rows, units, depth, 0, min(warps, part * depth // 32), True, False, not INTERPRETED, chunk)
+
+    if block * unit <= ON_CHIP // 2:
+        return by(1, block, batch)
+    for rows in (1, 2, 4, 8, 16):
+        for units in shares:
+            if blocks(width, units) * blocks(batch, rows) <= most:
+                return by(rows, units, batch)
+    if shares[-1] == block:
+        return by(1, block, batch)
+    room = most // blocks(width, shares[-1]) * 16
+    return by(16, shares[-1], room) if room * CHUNKS >= batch else None
 
 
 def run(
@@ -246,7 +326,15 @@ def run(
 
         for step in range(0, steps + ends, pace):
             last = min(step + pace, steps)
-            launch(ctx, kernel, (key, grid), tensors, configure, (step, last, row, *scalars))
+            launch(ctx, kernel, (key, grid, how), tensors, configure, (step, last, row, *scalars))
+
+
+def held_order(how: Plan, weight: Tensor, gates: int) -> Tensor:
+    """Weights (gates * H, K) as a forward holds them: for products row by row, the gates of a channel side by side."""
+    if how.split:
+        return weight
+    rows, depth = weight.shape
+    return weight.view(gates, rows // gates, depth).permute(2, 1, 0).contiguous().view(depth, rows).T
 
 
 def new_words(ctx: LaunchContext, how: Plan, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
