@@ -7,6 +7,7 @@ The wrappers run on tensors of the meta device; what they would launch is compil
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def calls(dtype: str) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         x = t(batch, steps, width)
         yield "scan", (x, x), {}
         yield "scan", (t(batch, 1, width), x), {}
-    for batch, width in ((16, 128), (16, 512), (4, 2048)):
+    for batch, width in ((1, 40), (1, 128), (16, 128), (16, 512), (16, 768), (4, 2048)):
         yield "lstm", (t(batch, 256, width), t(4 * width, width), t(4 * width, width), t(4 * width), t(4 * width)), {}
     for width in (32, 128, 512):
         z, w, b = t(16, 256, width), t(width, width), t(width)
@@ -230,6 +231,32 @@ def test_half_types_are_multiplied_on_matrix_units() -> None:
                 ptx = compiled(*what, architecture).asm["ptx"]
                 large = architecture == 90 and name.startswith(("attention_forward bfloat16 0 True", "convolve_tiles"))
                 assert ("wgmma.mma_async" if large else "mma") in ptx, name
+
+
+def test_words_are_read_by_one_thread_each() -> None:
+    """Of threads that read the same word, the kernel would ask only one whether it was there (`receive`)."""
+    known = re.compile(
+        r"(#\w+) = #ttg.blocked<\{sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\], warpsPerCTA = \[(.*?)\]"
+    )
+    reads = re.compile(r"tt\.load .*isVolatile = true.*: tensor<([\dx]+)x!tt\.ptr<i\d+>, (#\w+)>")
+    found = set()
+    for dtype in ("float32", "bfloat16"):
+        for name, what in launches(dtype, 90).items():
+            if not name.startswith(("lstm_", "mdi_recurrence_", "scan_chained")):
+                continue
+            code = compiled(*what, 90).asm["ttgir"]
+            layouts = {
+                key: [
+                    math.prod(axis)
+                    for axis in zip(*([int(n) for n in part.split(", ")] for part in parts), strict=True)
+                ]
+                for key, *parts in known.findall(code)
+            }
+            for shape, layout in reads.findall(code):
+                sizes = [int(n) for n in shape.split("x")]
+                assert all(size >= n for size, n in zip(sizes, layouts[layout], strict=True)), (name, shape)
+                found.add(name.partition(" ")[0])
+    assert {"lstm_forward", "lstm_backward", "mdi_recurrence_forward", "scan_chained"} <= found
 
 
 def test_reads_and_writes_are_of_16_bytes_where_memory_is_dense() -> None:

@@ -90,6 +90,26 @@ def test_the_same_bits_at_every_run(number: int, dtype: Any) -> None:
             assert torch.equal(got, expected)
 
 
+@both_types
+@pytest.mark.parametrize("width", [33, 64, 100, 256])
+@pytest.mark.parametrize("op", ["lstm", "mdi_recurrence"])
+def test_few_sequences_of_few_channels(op: str, width: int, dtype: Any) -> None:
+    """Programs that wait for fewer words than they have threads, if they were let."""
+    made = torch.Generator(device="cuda").manual_seed(0)
+
+    def t(*shape: int) -> Any:
+        return (torch.randn(shape, device="cuda", generator=made) * shape[-1] ** -0.5).to(dtype)
+
+    x = torch.randn(1, 500, width, device="cuda", generator=made).to(dtype)
+    args: tuple[Any, ...] = (x, t(4 * width, width), t(4 * width, width), t(4 * width), t(4 * width))
+    if op == "mdi_recurrence":
+        args = x, x.sigmoid() * 0.5, t(1, width), t(width, width), t(width), t(width, 2 * width), t(width)
+    for got, expected in zip(
+        pulled(op, args, {}, "triton"), pulled(op, [a.float() for a in args], {}, "torch"), strict=True
+    ):  # fmt: skip
+        assert (got.float() - expected).abs().max() <= 8 * EPS[dtype] * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("kind", ["documents", "padding", "window", "additive"])
 def test_masks_with_tiles_in_which_nothing_counts(kind: str) -> None:
     steps = 2048

@@ -65,7 +65,7 @@ def launch(
         config = configure()
         known = ctx.memo.setdefault((id(kernel), key), config)
         if known != config:  # a call would start the wrong variant where kernels are compiled
-            raise KernelError(f"{kernel.fn.__name__}: the key {key} stands for two configurations, {known} and {config}")
+            raise KernelError(f"{kernel.fn.__name__}: the key {key} stands for both {known} and {config}")
         with _interpreter, np.errstate(all="ignore"):
             kernel[config.grid](*tensors, *scalars, *config.sizes, *config.constants)
         return

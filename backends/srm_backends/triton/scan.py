@@ -362,11 +362,15 @@ def plans(batch: int, steps: int, width: int, size: int, by_time: bool, back: bo
 
     for channels in (64, 32, 16) if size == 2 else (32, 16):
         if batch * blocks(width, channels) >= MANY or (channels == 32 and steps < LONG):
-            first = serial(channels, 4, 1 if back and size == 4 else 2)
-            cuts = ((32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 4, 2), (16, 4, 1), (32, 2, 2), (64, 2, 2))
+            first = serial(channels, 2 if channels == 64 else 4, 1 if size == 4 and (back or channels == 16) else 2)
+            cuts = ((32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 4, 2), (16, 4, 1), (32, 2, 2), (64, 2, 2), (32, 2, 1))
             ways = [first, *(serial(*cut) for cut in cuts)]
             return list(dict.fromkeys(ways if steps < LONG else [*ways, chained(32, 4)]))
-    return [chained(32, 4), chained(64, 4), chained(16, 4), chained(32, 2), chained(32, 8)]
+    few = batch * blocks(width, 32) * blocks(steps, 256) <= 4 * MANY  # tiles
+    ways = [chained(32, 8 if few else 4), *(chained(*cut) for cut in ((32, 4), (32, 8), (64, 4), (16, 4), (32, 2)))]
+    if size == 2:
+        ways.append(chained(32, 4)._replace(rows=4 * most))
+    return list(dict.fromkeys(ways))
 
 
 def _by_time(t: Tensor) -> bool:
@@ -419,7 +423,8 @@ def run(
         if not cut.chained:
             return Config((chains,), sizes, (*what, cut.stages), cut.num_warps)
         stride = chains * cut.channels
-        return Config((chains * tiles,), (*sizes, chains, tiles, stride, stride * tiles), (*what, cut.group), cut.num_warps)
+        sizes = (*sizes, chains, tiles, stride, stride * tiles)
+        return Config((chains * tiles,), sizes, (*what, cut.group), cut.num_warps)
 
     key = strides, down, back, states is None, cut
     if not cut.chained:

@@ -23,7 +23,7 @@ from srm_backends.triton.launch import INTERPRETED, Config, blocks, launch, mult
 from srm_core.context import LaunchContext
 
 ON_CHIP = 128 * 1024  # bytes of weights that a program holds in its registers
-ALONE = 32  # channels, up to which a program of its own needs less time than several that wait for each other
+ALONE = 32  # channels of a half type, up to which a program needs less time than several that wait for each other
 AT_ONCE = 32768  # words that a program receives for a product with weights on chip
 AT_ONCE_BY_ROWS = tl.constexpr(4096)  # and for one by rows: as many registers as it has to spare
 WEIGHTS = 128  # that a thread holds then
@@ -233,12 +233,15 @@ class Plan(NamedTuple):
 
 
 def plan(ctx: LaunchContext, batch: int, width: int, gates: int, dtype: torch.dtype, backward: bool) -> Plan:
-    """For a state of `width` channels and products of `dtype`. A backward has the gates as rows of its weights."""
+    """For a state of `width` channels and products of `dtype`. A backward has the gates as rows of its weights.
+
+    Programs that wait have as many words to read at once as threads (see `receive`): rows * block_k.
+    """
     on_matrix_units = dtype is not torch.float32 or ctx.precision == "tf32"
     block, most = power_of_2(width, 16, 1 << 30), multiprocessors(ctx)
     depth, unit = block * (gates if backward else 1), block * gates * dtype.itemsize
     together = not INTERPRETED
-    if not on_matrix_units and width > ALONE and (found := _by_rows(batch, width, gates, backward, most)):
+    if not on_matrix_units and (found := _by_rows(batch, width, gates, backward, most)):
         return found
     least = (8 if backward else 32 // gates) if on_matrix_units else 4
     choices = [(8, least), (8, 2 * least), (16, least), (16, 2 * least), (16, 4 * least)]
@@ -257,11 +260,8 @@ def plan(ctx: LaunchContext, batch: int, width: int, gates: int, dtype: torch.dt
             return Plan(rows, units, depth, 1, warps, True, False, together, batch)
         warps = min(8 if on_matrix_units or units * unit <= ON_CHIP // 8 else 4, rows * depth // 32)
         return Plan(rows, units, depth, min(8, depth // 16), warps, True, False, together, batch)
-    if block * unit <= ON_CHIP // (2 if backward else 1):
-        rows, warps = (16 if on_matrix_units else 1), 8 if block >= 64 else 4
-        return Plan(
-            rows, block, depth, 1 if on_matrix_units else min(depth // 16, warps), warps, True, True, False, batch
-        )
+    if on_matrix_units and block * unit <= ON_CHIP // (2 if backward else 1):
+        return Plan(16, block, depth, 1, 8 if block >= 64 else 4, True, True, False, batch)
     rows, units = choices[-1]
     room = most // blocks(width, units) * rows
     if room * CHUNKS >= batch:
@@ -272,32 +272,32 @@ def plan(ctx: LaunchContext, batch: int, width: int, gates: int, dtype: torch.dt
 
 
 def _by_rows(batch: int, width: int, gates: int, backward: bool, most: int) -> Plan | None:
-    """With products row by row, on at most `most` multiprocessors: of as few rows as possible, as they come one after
-    the other, then of few channels."""
+    """With products row by row, on at most `most` multiprocessors: alone where half of what fits is enough; else of as
+    few rows as possible, as they come one after the other, then of few channels. As measured on an H200."""
     block = power_of_2(width, 16, 1 << 30)
     depth, unit = block * (gates if backward else 1), block * gates * 4
-    least = ON_CHIP // (2 if backward else 4)  # bytes: with less, programs wait for each other more than they compute
-    shares = [n for n in (4, 8, 16, 32, 64, 128) if n <= block and least <= n * unit <= ON_CHIP]
-    if depth > DEEPEST or not (shares or block * unit <= least):
-        return None
 
-    def by(rows: int, units: int, chunk: int) -> Plan:
-        warps = power_of_2(units * unit // (4 * WEIGHTS * 32), 1, 8)
-        if units == block:
-            return Plan(rows, units, depth, 0, warps, True, True, False, batch)
+    def by(rows: int, units: int, least_warps: int, alone: bool, chunk: int) -> Plan:
+        warps = power_of_2(units * unit // (4 * 32 * WEIGHTS), least_warps, 8)
         part = min(rows, max(1, AT_ONCE_BY_ROWS.value // depth))
-        return Plan(rows, units, depth, 0, min(warps, part * depth // 32), True, False, not INTERPRETED, chunk)
+        if not alone:
+            warps = min(warps, part * depth // 32)
+        return Plan(rows, units, depth, 0, warps, True, alone, not (alone or INTERPRETED), chunk)
 
     if block * unit <= ON_CHIP // 2:
-        return by(1, block, batch)
+        return by(1, block, 1, True, batch)
+    least = ON_CHIP * gates // (8 if backward else 16)  # with less they wait for each other more than they compute
+    shares = [n for n in (4, 8, 16, 32, 64) if n < block and least <= n * unit <= ON_CHIP]
+    if depth > DEEPEST or not shares:
+        return None
     for rows in (1, 2, 4, 8, 16):
         for units in shares:
             if blocks(width, units) * blocks(batch, rows) <= most:
-                return by(rows, units, batch)
-    if shares[-1] == block:
-        return by(1, block, batch)
+                return by(rows, units, 4, False, batch)
+    if block * unit <= ON_CHIP:
+        return by(1, block, 8, True, batch)
     room = most // blocks(width, shares[-1]) * 16
-    return by(16, shares[-1], room) if room * CHUNKS >= batch else None
+    return by(16, shares[-1], 4, False, room) if room * CHUNKS >= batch else None
 
 
 def run(
