@@ -75,7 +75,7 @@ def test_gates(monkeypatch: Any, chained: bool, gates: str, reverse: bool) -> No
 
 @chained
 def test_more_tiles_than_a_group(monkeypatch: Any, chained: bool) -> None:
-    g, x, s = sample(1, 16 * scan.GROUP * 2 + 21, 3)
+    g, x, s = sample(1, 2 * 16 * 16 + 21, 3)  # tiles of 16 steps, groups of 16
     check(monkeypatch, chained, g, x, s)
 
 
