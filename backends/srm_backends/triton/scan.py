@@ -366,7 +366,7 @@ def plans(batch: int, steps: int, width: int, size: int, by_time: bool, back: bo
             cuts = ((32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 4, 2), (16, 4, 1), (32, 2, 2), (64, 2, 2), (32, 2, 1))
             ways = [first, *(serial(*cut) for cut in cuts)]
             return list(dict.fromkeys(ways if steps < LONG else [*ways, chained(32, 4)]))
-    few = batch * blocks(width, 32) * blocks(steps, 256) <= 4 * MANY  # tiles
+    few = batch * blocks(width, 32) * blocks(steps, 256) <= 5 * MANY  # tiles
     ways = [chained(32, 8 if few else 4), *(chained(*cut) for cut in ((32, 4), (32, 8), (64, 4), (16, 4), (32, 2)))]
     if size == 2:
         ways.append(chained(32, 4)._replace(rows=4 * most))
