@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ class Gpu:
         self.running: Any = None
         monkeypatch.setattr(autotune.triton.testing, "do_bench", self.bench)
         monkeypatch.setattr(autotune.torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(autotune.torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(autotune, "INTERPRETED", False)
         self.patch = monkeypatch
         self.restart()

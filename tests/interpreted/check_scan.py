@@ -36,9 +36,11 @@ def agree(got: Any, truth: Any) -> None:
 
 
 def check(
-    monkeypatch: Any, chained: bool, gates: Any, tokens: Any, state: Any, view: Any = None, **options: Any
-) -> None:
-    """Values and gradients beside the reference's."""
+    monkeypatch: Any, chained: bool, gates: Any, tokens: Any, state: Any, view: Any = None,
+    of_grad: Any = torch.as_tensor, **options: Any,
+) -> None:  # fmt: skip
+    """Values and gradients beside the reference's. view, of_grad: how gates and tokens, or the gradient of y, lie in
+    memory."""
     plan = scan.Plan(chained, 4, 4, 8, 4)
     monkeypatch.setattr(scan, "plans", lambda *_: [plan])
     given = [None if a is None else torch.from_numpy(a) for a in (gates, tokens, state)]
@@ -54,7 +56,8 @@ def check(
         gradients = vjp(np.float64, grads, gates, tokens, state, **options)
     for got, expected in zip(outputs, truth, strict=True):
         agree(got, expected)
-    for got, expected in zip(pullback(*map(torch.from_numpy, grads)), gradients, strict=True):
+    of_y, of_last = map(torch.from_numpy, grads)
+    for got, expected in zip(pullback(of_grad(of_y), of_last), gradients, strict=True):
         assert (got is None) == (expected is None)
         if got is not None:
             agree(got, expected)
@@ -109,7 +112,39 @@ def test_a_product_that_overflows_beside_a_state_of_zero(monkeypatch: Any, chain
     agree(last, truth[1])
 
 
+def by_time(a: Any) -> Any:
+    return a.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 @chained
-def test_contiguous_in_time(monkeypatch: Any, chained: bool) -> None:
+@pytest.mark.parametrize("of_grad", [torch.as_tensor, by_time])
+@pytest.mark.parametrize("view", [None, by_time])
+def test_contiguous_in_time(monkeypatch: Any, chained: bool, view: Any, of_grad: Any) -> None:
     g, x, s = sample(2, 70, 9)
-    check(monkeypatch, chained, g, x, s, view=lambda a: a.transpose(1, 2).contiguous().transpose(1, 2))
+    check(monkeypatch, chained, g, x, s, view=view, of_grad=of_grad)
+
+
+@chained
+def test_windows_of_a_signal(monkeypatch: Any, chained: bool) -> None:
+    """Strides of 1 along time and along channels."""
+    monkeypatch.setattr(scan, "plans", lambda *_: [scan.Plan(chained, 4, 4, 8, 4)])
+    g, _, _ = sample(1, 60, 5)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)).unfold(1, 5, 1)
+    y, last = srm_core.scan(torch.from_numpy(g), x, backend="triton")
+    truth = reference(np.float64, g, x.numpy())
+    agree(y, truth[0])
+    agree(last, truth[1])
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_lengths_that_nobody_has_looked_at(monkeypatch: Any, back: bool) -> None:
+    """On a device they are not: a kernel takes them as lengths within 0 and T."""
+    from srm_core import contract
+
+    monkeypatch.setattr(contract, "check_lengths", lambda *_: None)
+    g, x, _ = sample(2, 20, 3)
+    lengths = torch.tensor([27, -3])
+    y, last = srm_core.scan(*map(torch.from_numpy, (g, x)), lengths=lengths, reverse=back, backend="triton")
+    truth = reference(np.float64, g, x, None, lengths=np.array([20, 0]), reverse=back)
+    agree(y, truth[0])
+    agree(last, truth[1])

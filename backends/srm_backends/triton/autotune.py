@@ -71,7 +71,8 @@ def choose(
             elif torch.cuda.is_current_stream_capturing():
                 return choice
             else:
-                choice = _fastest(label, choices, run)
+                with torch.cuda.device(ctx.device.index):  # the clock is that of the current one
+                    choice = _fastest(label, choices, run)
                 table.add(label, choice)
     ctx.memo[key] = choice
     return choice

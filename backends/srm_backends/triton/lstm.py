@@ -30,6 +30,7 @@ from srm_backends.triton.sequence import (
     place,
     plan,
     run,
+    slot_of,
     times,
     told,
     within,
@@ -100,7 +101,7 @@ def lstm_forward(
         h = tl.where(running & there, sigmoid(o + of_o + bias_o) * tanh(c), h)
         tl.store(y + step, tl.where(running, h, 0).to(y.dtype.element_ty), there)
         if not ALONE:
-            slot = words + ((t + 1) % 2) * B * H
+            slot = slot_of(words, t + 1, B, H)
             tl.store(slot + at, word(h.to(DTYPE), t + 1, DTYPE == tl.float32), there)
         i, f, g, o = ahead
     tl.store(h_state + at, h, there)
@@ -168,7 +169,7 @@ def lstm_backward(
             gates = four_together(d_i, d_f, d_g, d_o, ROWS, UNITS)
             sums = times(gates, held, ROWS, BLOCK_K, SPLIT, PRECISION)
         else:
-            slot = words + (back % 2) * B * 4 * H + row[:, None] * 4 * H + n[None, :]
+            slot = slot_of(words, back, B, 4 * H) + row[:, None] * 4 * H + n[None, :]
             WIDE: tl.constexpr = DTYPE == tl.float32
             tl.store(slot, word(d_i, back, WIDE), there)
             tl.store(slot + H, word(d_f, back, WIDE), there)

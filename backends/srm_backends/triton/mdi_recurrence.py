@@ -27,6 +27,7 @@ from srm_backends.triton.sequence import (
     place,
     plan,
     run,
+    slot_of,
     times,
     told,
     two_apart,
@@ -93,7 +94,7 @@ def mdi_recurrence_forward(
         h = tl.where(running & there, x * u + decay * h + mix * mixed, h)
         tl.store(y + step, tl.where(running, h, 0).to(y.dtype.element_ty), there)
         if not ALONE:
-            slot = words + ((t + 1) % 2) * B * H
+            slot = slot_of(words, t + 1, B, H)
             tl.store(slot + at, word(h.to(DTYPE), t + 1, DTYPE == tl.float32), there)
     tl.store(h_state + at, h, there)
 
@@ -162,7 +163,7 @@ def mdi_recurrence_backward(
         d_u = tl.where(inside, e * x * u * (1 - u), 0).to(DTYPE)
         d_g = tl.where(inside, d_n * (x - before) * g * (1 - g), 0).to(DTYPE)
         if not ALONE:
-            slot = words + (back % 2) * B * 2 * H + row[:, None] * 2 * H + n[None, :]
+            slot = slot_of(words, back, B, 2 * H) + row[:, None] * 2 * H + n[None, :]
             tl.store(slot, word(d_u, back, WIDE), there)
             tl.store(slot + H, word(d_g, back, WIDE), there)
         direct = e * decay + d_n * (1 - g + decay)

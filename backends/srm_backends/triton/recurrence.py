@@ -38,6 +38,12 @@ def _row(tile, at, ROWS: tl.constexpr):
 
 
 @triton.jit
+def length_of(lengths, b, T):
+    """Of sequence b, within 0 and T: nobody has looked at lengths that are on a device."""
+    return tl.minimum(tl.maximum(tl.load(lengths + b), 0), T).to(tl.int32)
+
+
+@triton.jit
 def last_rows(tile, ROWS: tl.constexpr):
     """Of a tile (chunks, ROWS, channels) the last row, (chunks, channels)."""
     return tl.sum(tl.where((tl.arange(0, ROWS) == ROWS - 1)[None, :, None], tile, 0), 1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from srm_backends.triton.autotune import BYTES, Question, choose
 from srm_backends.triton.common import state_dtype
 from srm_backends.triton.launch import Config, blocks, launch, power_of_2
-from srm_backends.triton.recurrence import broken, join, states
+from srm_backends.triton.recurrence import broken, join, length_of, states
 from srm_backends.triton.recurrent_step import indexed, is_row, modes, sum_positions
 from srm_core.context import LaunchContext, Residuals
 
@@ -93,7 +93,7 @@ def mix_forward(
     inside = (c < D)[None, :, :]
     length = T
     if LENGTHS:
-        length = tl.load(lengths + b).to(tl.int32)
+        length = length_of(lengths, b, T)
     position = _first_position(start, start_value, b, SHARED)
     row = is_row(heads, h, h >= 0, MODE)
     d = tl.load(decay + h * dh).to(tl.float32)
@@ -115,6 +115,7 @@ def mix_forward(
         state = end + factor.to(tl.float32) * state
         _forward_store(out, w_out, of_b, y + to, past + to, n, j, length, inside, T, yt, KEEP)
     if broken(state):
+        tl.debug_barrier()  # what follows is written where other threads may be writing still
         state = begin
         one = tl.zeros((1, 1, 1), tl.int32)
         for n in range(T):
@@ -166,7 +167,7 @@ def mix_backward(
     inside = (c < D)[None, :, :]
     length = T
     if LENGTHS:
-        length = tl.load(lengths + b).to(tl.int32)
+        length = length_of(lengths, b, T)
     position = _first_position(start, start_value, b, SHARED)
     row = is_row(heads, h, h >= 0, MODE)
     d = tl.load(decay + h * dh).to(tl.float32)
@@ -195,6 +196,7 @@ def mix_backward(
             a, dy, w_in, t, x0, d_x + to, past + to, first, to_w, to_b, row, inside, length, xt, yt, H
         )
     if broken(state):
+        tl.debug_barrier()  # what follows is written where other threads may be writing still
         state = begin
         of_d = tl.zeros(c.shape, tl.float32)
         one = tl.zeros((1, 1, 1), tl.int32)

@@ -22,7 +22,17 @@ from torch import Tensor
 from srm_backends.triton.autotune import BYTES, Question, choose
 from srm_backends.triton.common import state_dtype
 from srm_backends.triton.launch import Config, blocks, launch, power_of_2
-from srm_backends.triton.recurrence import broken, in_order, incoming, join, last_rows, publish, state_of, states
+from srm_backends.triton.recurrence import (
+    broken,
+    in_order,
+    incoming,
+    join,
+    last_rows,
+    length_of,
+    publish,
+    state_of,
+    states,
+)
 from srm_core.context import LaunchContext, Residuals
 
 FULL, STEPWISE, CONSTANT = 0, 1, 2  # gates (B, T, D); (B, T, 1); constant in time
@@ -168,7 +178,7 @@ def _begin(initial, grad_last, lengths, b, d, D, T, DEFAULT: tl.constexpr, INITI
         start = tl.load(grad_last + b * D + d, inside, other=0).to(tl.float32)
     length = T
     if LENGTHS:
-        length = tl.load(lengths + b).to(tl.int32)
+        length = length_of(lengths, b, T)
     return first, start, length
 
 
@@ -242,6 +252,7 @@ def scan_tiles(
             state = end + factor.to(tl.float32) * state
         constant += _store(to, out, first, n, j, inside, T, length, GATES, KEEP, LENGTHS, DOWN, BACK)
     if CHUNKS > 1 and broken(state):
+        tl.debug_barrier()  # what follows is written where other threads may be writing still
         of_one, to_one = _place(
             gates, tokens, past, y, d_gates, tl.zeros((1, 1, 1), tl.int32), b, block, c[None, :, :], share, T,
             gb, gt, gd, xb, xt, xd, yb, yt, yd, db, dt, dd, GATES, DOWN, BACK, CHANNELS, WIDE,
@@ -417,14 +428,14 @@ def run(
         reach = max(abs(s) for a in (strides[1:3], strides[4:6], strides[7:9], of_gates[1:]) for s in a)
         reach *= cut.steps + cut.channels  # what a program adds to its own place in memory
         wide = tl.int32 if reach < 2**31 else tl.int64
-        known = tuple(1 if s == 1 else 0 for s in (strides[1], x.stride(1)))
+        known = int(strides[1] == 1), int(x.stride(1) == 1 and y.stride(1) == 1)  # along time, for gates and the rest
         what = (kind, *given, states is not None and not back, down, back, *known, wide)
-        what = (*what, cut.rows, cut.chunks, cut.channels)
+        shape = (cut.rows, cut.chunks, cut.channels)
         if not cut.chained:
-            return Config((chains,), sizes, (*what, cut.stages), cut.num_warps)
+            return Config((chains,), sizes, (*what, *shape, cut.stages), cut.num_warps)
         stride = chains * cut.channels
-        sizes = (*sizes, chains, tiles, stride, stride * tiles)
-        return Config((chains * tiles,), sizes, (*what, cut.group), cut.num_warps)
+        of_words = (chains, tiles, stride, stride * tiles)
+        return Config((chains * tiles,), (*sizes, *of_words), (*what, *shape, cut.group), cut.num_warps)
 
     key = strides, down, back, states is None, cut
     if not cut.chained:

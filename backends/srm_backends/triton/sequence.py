@@ -44,6 +44,12 @@ def word(values, step, WIDE: tl.constexpr):
 
 
 @triton.jit
+def slot_of(words, step, rows, K):
+    """Where the words (rows, K) of a step are."""
+    return words + (tl.zeros((), tl.int64) + step % 2) * rows * K
+
+
+@triton.jit
 def receive(words, inside, step, DTYPE: tl.constexpr, WAIT: tl.constexpr):
     """The values of words of a step, as soon as all are there; 0 outside.
 
@@ -178,7 +184,7 @@ def told(
 ):  # fmt: skip
     """(ROWS, columns): what all programs told of a step, (rows, K), times weights: those `held`, or read again."""
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    base = words + (step % 2) * rows * K
+    base = slot_of(words, step, rows, K)
     if HELD:
         if SPLIT > 1:
             part = tl.arange(0, SPLIT)[:, None, None] * (BLOCK_K // SPLIT)
