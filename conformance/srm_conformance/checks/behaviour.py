@@ -79,8 +79,9 @@ def determinism(target: Target) -> Iterator[Item]:
                 for i in range(1, RUNS[target.subject.device]):
                     assert_same(results(target, case, dtype, 0, report), first, f"run {i + 1} of the same call")
                 # Each of these may have run the forward an even number of times: twice alone, for what takes turns.
+                args = sampled(target.spec, case, dtype)
                 for _ in range(2):
-                    trial = Trial(target.subject, target.spec, sampled(target.spec, case, dtype), target.library, report)
+                    trial = Trial(target.subject, target.spec, args, target.library, report)
                     outputs, mutated = trial.forward()
                     assert_same([*outputs, *mutated], first[: len(outputs) + len(mutated)], "the same call once more")
                 with srm_core.deterministic():
